@@ -1,0 +1,1 @@
+//! One API over RabbitMQ and Kafka that never loses an accepted message.
