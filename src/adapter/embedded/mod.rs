@@ -1,0 +1,1 @@
+//! The embedded broker: queues and streams in this process.

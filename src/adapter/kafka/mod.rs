@@ -1,0 +1,5 @@
+//! Apache Kafka.
+
+pub mod config;
+
+pub use config::{KafkaConfig, SaslMechanism};

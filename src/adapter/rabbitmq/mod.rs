@@ -1,0 +1,5 @@
+//! RabbitMQ over AMQP 0-9-1.
+
+pub mod config;
+
+pub use config::{RabbitMqConfig, TlsConfig};

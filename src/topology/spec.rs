@@ -1,0 +1,186 @@
+//! The wanted topology: exchanges, queues, bindings, topics.
+
+use serde::{Deserialize, Serialize};
+
+use crate::broker::{QueueOptions, TopicOptions};
+
+/// Everything that should exist.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Topology {
+    /// AMQP exchanges.
+    pub exchanges: Vec<ExchangeSpec>,
+    /// AMQP queues with their bindings. The embedded broker makes the same.
+    pub queues: Vec<QueueSpec>,
+    /// Kafka topics. The embedded broker makes the same streams.
+    pub topics: Vec<TopicSpec>,
+    /// Consumer groups that users agree on.
+    pub groups: Vec<String>,
+    /// The exchange that events are published to when RabbitMQ serves them.
+    /// Default `helixagent.events`.
+    pub event_exchange: Option<String>,
+    /// The exchange of the retry queue. Default `helixagent.retry`.
+    pub retry_exchange: Option<String>,
+    /// The queue that dead letters of queues go to. Default `helixagent.dlq`.
+    pub dead_letter_queue: Option<String>,
+    /// The topic that dead letters of streams go to. Default
+    /// `helixagent.dlq.events`.
+    pub dead_letter_topic: Option<String>,
+}
+
+/// Kinds of exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExchangeKind {
+    /// To the queue bound with exactly the key.
+    Direct,
+    /// To the queues whose pattern matches the key.
+    Topic,
+    /// To every bound queue.
+    Fanout,
+}
+
+/// An exchange.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExchangeSpec {
+    /// Its name.
+    pub name: String,
+    /// Its kind.
+    pub kind: ExchangeKind,
+    /// Survives restarts. Default true.
+    #[serde(default = "yes")]
+    pub durable: bool,
+}
+
+/// A queue with its bindings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueSpec {
+    /// Its name; also the topic's full name.
+    pub name: String,
+    /// How it is declared.
+    #[serde(default)]
+    pub options: QueueOptions,
+    /// What it is bound to. The first binding is where its topic is published.
+    #[serde(default)]
+    pub bindings: Vec<Binding>,
+    /// Other names of the topic, such as `llm` for `helixagent.tasks.llm`.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+}
+
+/// A binding of a queue to an exchange.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Binding {
+    /// The exchange.
+    pub exchange: String,
+    /// The routing key or pattern.
+    pub routing_key: String,
+}
+
+/// A topic of a stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TopicSpec {
+    /// Its name.
+    pub name: String,
+    /// How it is made.
+    #[serde(default)]
+    pub options: TopicOptions,
+}
+
+/// Where a task topic is published and consumed over AMQP.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct AmqpAddress {
+    /// The exchange; empty for the default exchange.
+    pub exchange: String,
+    /// The routing key.
+    pub routing_key: String,
+    /// The queue that consumers read.
+    pub queue: String,
+}
+
+impl Topology {
+    /// The full name of a topic: aliases are resolved, other names are their own.
+    #[must_use]
+    pub fn canonical<'a>(&'a self, topic: &'a str) -> &'a str {
+        self.queues
+            .iter()
+            .find(|q| q.aliases.iter().any(|a| a == topic))
+            .map_or(topic, |q| q.name.as_str())
+    }
+
+    /// The queue of a topic, by full name or alias.
+    #[must_use]
+    pub fn queue(&self, topic: &str) -> Option<&QueueSpec> {
+        let name = self.canonical(topic);
+        self.queues.iter().find(|q| q.name == name)
+    }
+
+    /// The stream of this name.
+    #[must_use]
+    pub fn topic(&self, name: &str) -> Option<&TopicSpec> {
+        self.topics.iter().find(|t| t.name == name)
+    }
+
+    /// Where a task topic lives over AMQP; without an entry: the default
+    /// exchange with the topic as key and queue.
+    #[must_use]
+    pub fn amqp_address(&self, topic: &str) -> AmqpAddress {
+        match self.queue(topic) {
+            Some(queue) => match queue.bindings.first() {
+                Some(binding) => AmqpAddress {
+                    exchange: binding.exchange.clone(),
+                    routing_key: binding.routing_key.clone(),
+                    queue: queue.name.clone(),
+                },
+                None => AmqpAddress {
+                    exchange: String::new(),
+                    routing_key: queue.name.clone(),
+                    queue: queue.name.clone(),
+                },
+            },
+            None => AmqpAddress {
+                exchange: String::new(),
+                routing_key: topic.to_owned(),
+                queue: topic.to_owned(),
+            },
+        }
+    }
+
+    /// The exchange for events over AMQP.
+    #[must_use]
+    pub fn event_exchange(&self) -> &str {
+        self.event_exchange
+            .as_deref()
+            .unwrap_or("helixagent.events")
+    }
+
+    /// The exchange of the retry queue.
+    #[must_use]
+    pub fn retry_exchange(&self) -> &str {
+        self.retry_exchange.as_deref().unwrap_or("helixagent.retry")
+    }
+
+    /// The queue of dead letters of queues.
+    #[must_use]
+    pub fn dead_letter_queue(&self) -> &str {
+        self.dead_letter_queue
+            .as_deref()
+            .unwrap_or("helixagent.dlq")
+    }
+
+    /// The topic of dead letters of streams.
+    #[must_use]
+    pub fn dead_letter_topic(&self) -> &str {
+        self.dead_letter_topic
+            .as_deref()
+            .unwrap_or("helixagent.dlq.events")
+    }
+}
+
+const fn yes() -> bool {
+    true
+}
