@@ -2,23 +2,30 @@
 # One Kafka node (KRaft, broker and controller in one): its files, its command
 # line, when it is ready. Sourced by scripts/brokers.
 
-kafka_ports() { # sets PORT CONTROLLER_PORT TLS_PORT SASL_PORT SASL_TLS_PORT
+kafka_ports() { # sets PORT CONTROLLER_PORT TLS_PORT SASL_PORT SASL_TLS_PORT PROXIED_PORT
     local ports
-    mapfile -t ports < <(free_ports 5)
-    PORT=${ports[0]} CONTROLLER_PORT=${ports[1]} TLS_PORT='' SASL_PORT='' SASL_TLS_PORT=''
+    mapfile -t ports < <(free_ports 6)
+    PORT=${ports[0]} CONTROLLER_PORT=${ports[1]} TLS_PORT='' SASL_PORT='' SASL_TLS_PORT='' PROXIED_PORT=''
     ((!WITH_TLS)) || TLS_PORT=${ports[2]}
     ((!WITH_SASL)) || SASL_PORT=${ports[3]}
     ((!WITH_TLS || !WITH_SASL)) || SASL_TLS_PORT=${ports[4]}
+    [[ -z $VIA ]] || PROXIED_PORT=${ports[5]}
 }
 
 kafka_version() { echo "$KAFKA_VERSION"; }
 
 kafka_write_files() {
-    local listeners="PLAINTEXT://127.0.0.1:$PORT" name
+    local listeners="PLAINTEXT://127.0.0.1:$PORT" advertised name
     local login='org.apache.kafka.common.security.plain.PlainLoginModule required username="helixagent" password="helixagent123" user_helixagent="helixagent123";'
     [[ -z $TLS_PORT ]] || listeners+=",SSL://localhost:$TLS_PORT"
     [[ -z $SASL_PORT ]] || listeners+=",SASL_PLAINTEXT://127.0.0.1:$SASL_PORT"
     [[ -z $SASL_TLS_PORT ]] || listeners+=",SASL_SSL://localhost:$SASL_TLS_PORT"
+    advertised=$listeners
+    if [[ -n $PROXIED_PORT ]]; then
+        # Who comes in here is sent on to the proxy for everything else.
+        listeners+=",PROXIED://127.0.0.1:$PROXIED_PORT"
+        advertised+=",PROXIED://127.0.0.1:$VIA"
+    fi
     mkdir -p "$DIR/data"
     {
         cat <<TEXT
@@ -27,8 +34,8 @@ node.id=1
 controller.quorum.voters=1@127.0.0.1:$CONTROLLER_PORT
 controller.listener.names=CONTROLLER
 listeners=$listeners,CONTROLLER://127.0.0.1:$CONTROLLER_PORT
-advertised.listeners=$listeners
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SSL:SSL,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
+advertised.listeners=$advertised
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT,SSL:SSL,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
 inter.broker.listener.name=PLAINTEXT
 log.dirs=$DIR/data
 num.partitions=1
@@ -115,7 +122,7 @@ kafka_ctl() {
 }
 
 kafka_json() {
-    printf '"management_port":null,"url":"127.0.0.1:%s","management_url":null,"tls_port":%s,"sasl_port":%s,"sasl_tls_port":%s,"tls_url":%s' \
-        "$PORT" "${TLS_PORT:-null}" "${SASL_PORT:-null}" "${SASL_TLS_PORT:-null}" \
+    printf '"management_port":null,"url":"127.0.0.1:%s","management_url":null,"tls_port":%s,"sasl_port":%s,"sasl_tls_port":%s,"proxied_port":%s,"tls_url":%s' \
+        "$PORT" "${TLS_PORT:-null}" "${SASL_PORT:-null}" "${SASL_TLS_PORT:-null}" "${PROXIED_PORT:-null}" \
         "$([[ -n $TLS_PORT ]] && echo "\"localhost:$TLS_PORT\"" || echo null)"
 }

@@ -5,14 +5,16 @@
 # port mapper must not outlive the server, however that one died; and a node
 # that belongs to another process (--parent-pid) must end with it.
 #
-#   keeper.pl DIR PARENT_PID|0 EPMD_PORT|0 EPMD_COMMAND... :: SERVER_COMMAND...
+#   keeper.pl DIR PARENT_PID|0 REMOVE EPMD_PORT|0 EPMD_COMMAND... :: SERVER_COMMAND...
+#
+# REMOVE is 1 when the folder goes too once that other process has ended.
 #
 # Uses only what Debian's perl-base has.
 use strict;
 use warnings;
 use POSIX ();
 
-my ($dir, $parent, $epmd_port, @rest) = @ARGV;
+my ($dir, $parent, $remove, $epmd_port, @rest) = @ARGV;
 my (@epmd, @server);
 while (@rest) {
     my $word = shift @rest;
@@ -79,3 +81,8 @@ while (waitpid($server, POSIX::WNOHANG()) == 0) {
 }
 kill 'KILL', -$server;                  # helpers of the server, if any are left
 if ($epmd) { kill 'KILL', $epmd; waitpid $epmd, 0; }
+
+if ($remove && $orphaned->()) {
+    chdir '/';
+    system 'rm', '-rf', '--', $dir;
+}

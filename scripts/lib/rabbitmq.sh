@@ -129,7 +129,7 @@ rabbitmq_ctl() {
 }
 
 rabbitmq_json() {
-    printf '"management_port":%s,"url":"amqp://guest:guest@127.0.0.1:%s/%%2f","management_url":"http://127.0.0.1:%s","tls_port":%s,"sasl_port":null,"sasl_tls_port":null,"tls_url":%s' \
+    printf '"management_port":%s,"url":"amqp://guest:guest@127.0.0.1:%s/%%2f","management_url":"http://127.0.0.1:%s","tls_port":%s,"sasl_port":null,"sasl_tls_port":null,"proxied_port":null,"tls_url":%s' \
         "$MANAGEMENT_PORT" "$PORT" "$MANAGEMENT_PORT" "${TLS_PORT:-null}" \
         "$([[ -n $TLS_PORT ]] && echo "\"amqps://guest:guest@localhost:$TLS_PORT/%2f\"" || echo null)"
 }
