@@ -133,7 +133,7 @@ install_kind() {
     (
         # One installer at a time; what waits finds the work done.
         flock 9
-        apt_install perl-base util-linux
+        apt_install perl-base util-linux openssl
         case $1 in
             rabbitmq-3.10) install_rabbitmq_310 ;;
             rabbitmq-4) install_rabbitmq_4 ;;
