@@ -93,11 +93,7 @@ impl Attempt {
         })
     }
 
-    async fn at_most_once(
-        self,
-        handler: Arc<dyn Handler>,
-        settings: &DispatchSettings,
-    ) -> Outcome {
+    async fn at_most_once(self, handler: Arc<dyn Handler>, settings: &DispatchSettings) -> Outcome {
         let received = self.received;
         if !self.delivery.settle_now(Verdict::Ack) {
             return Outcome::Settled;

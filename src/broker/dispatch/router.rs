@@ -2,10 +2,7 @@
 
 use std::{collections::HashMap, fmt, sync::Arc};
 
-use crate::broker::{
-    Handler, HandlerError, Received,
-    handler::HandlerFuture,
-};
+use crate::broker::{Handler, HandlerError, Received, handler::HandlerFuture};
 
 /// A handler that passes each message to the handler registered for its type.
 /// A type without one goes to the fallback, or, without a fallback, straight to

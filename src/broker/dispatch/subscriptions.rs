@@ -157,7 +157,10 @@ impl Subscriptions {
             entry.control.begin_stop();
         }
         self.tasks.close();
-        if tokio::time::timeout(grace, self.tasks.wait()).await.is_err() {
+        if tokio::time::timeout(grace, self.tasks.wait())
+            .await
+            .is_err()
+        {
             for entry in &entries {
                 entry.give_up.cancel();
             }
