@@ -84,6 +84,13 @@ pub(super) fn is_secret_name(name: &str) -> bool {
         .any(|part| name.contains(part))
 }
 
+/// Whether a setting of librdkafka is a secret.
+pub(super) fn is_secret_setting(name: &str) -> bool {
+    ["password", "secret", ".pem", "jaas", "oauthbearer.config"]
+        .iter()
+        .any(|part| name.contains(part))
+}
+
 #[cfg(feature = "yaml")]
 pub(super) use in_source::{lines, message, value_of_key};
 
@@ -158,7 +165,7 @@ mod in_source {
         line.match_indices(':').find_map(|(at, _)| {
             let before = line.get(..at)?;
             let key = before
-                .rsplit(|c: char| matches!(c, '{' | ',' | '[' | ' ' | '\t'))
+                .rsplit(['{', ',', '[', ' ', '\t'])
                 .next()?
                 .trim_matches(['"', '\'']);
             let value = line.get(at + 1..)?;
@@ -196,15 +203,14 @@ mod in_source {
                 .trim_matches(['"', '\''])
                 .trim_end_matches(['}', ']'])
         });
+        // Shorter ones would take ordinary words apart, and the parser has
+        // hidden what it filled in itself.
+        let in_source = in_source.filter(|s| s.len() >= 4 && !s.starts_with("${"));
         let in_env = env
             .iter()
-            .filter(|(name, _)| is_secret_name(name))
+            .filter(|(name, value)| is_secret_name(name) && value.len() >= 8)
             .map(|(_, value)| value.as_str());
-        let mut secrets: Vec<&str> = in_source
-            .chain(in_env)
-            // Shorter ones would take ordinary words apart and hide nothing.
-            .filter(|s| s.len() >= 4 && !s.starts_with("${"))
-            .collect();
+        let mut secrets: Vec<&str> = in_source.chain(in_env).collect();
         // The longest first, or a secret's beginning would hide only a part.
         secrets.sort_by_key(|s| std::cmp::Reverse(s.len()));
         secrets
