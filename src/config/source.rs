@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde_saphyr::Error as YamlError;
 
-use super::redact;
+use super::hide;
 use crate::error::{Error, ErrorCode};
 
 /// The parser's error in our form.
@@ -18,7 +18,7 @@ pub(super) fn explain(
 ) -> Error {
     let error = error.without_snippet();
     let (what, quotes_value) = words(error);
-    let what = redact::message(&what, text, env);
+    let what = hide::message(&what, text, env);
     match error.location().filter(|at| at.line() > 0) {
         Some(at) => {
             let place = Place {
@@ -55,7 +55,7 @@ struct Place {
 
 fn show(name: &str, text: &str, place: &Place, what: &str, quotes_value: bool) -> Error {
     let Place { line, column } = *place;
-    let lines = redact::lines(text);
+    let lines = hide::lines(text);
     let Some(shown) = line.checked_sub(1).and_then(|i| lines.get(i)) else {
         return invalid(format!("{name}:{line}:{column}: {what}"));
     };
@@ -67,7 +67,7 @@ fn show(name: &str, text: &str, place: &Place, what: &str, quotes_value: bool) -
     };
     let source = if what.starts_with(UNKNOWN_FIELD) {
         // A misspelt `password` is an unknown field, too.
-        redact::value_of_key(&shown.text, column)
+        hide::value_of_key(&shown.text, column)
     } else {
         shown.text.clone()
     };
@@ -92,17 +92,32 @@ fn words(error: &YamlError) -> (String, bool) {
             (required(name, "is empty", message), false)
         }
         YamlError::DuplicateMappingKey { key, .. } => match key {
-            Some(key) => (format!("the key {key} stands twice"), false),
-            None => ("a key stands twice".to_owned(), false),
+            Some(key) if is_plain_key(key) => (format!("the key {key} stands twice"), false),
+            _ => ("a key stands twice".to_owned(), false),
         },
         other => {
             let text = other.to_string();
             let text = text.lines().next().unwrap_or_default();
             let text = strip(text);
+            if let Some((key, rest)) = text
+                .strip_prefix("unknown field `")
+                .and_then(|rest| rest.rsplit_once('`'))
+                && !is_plain_key(key)
+            {
+                // `password:secret` without its space is a key, too.
+                return (format!("{UNKNOWN_FIELD}{rest}"), false);
+            }
             let quotes_value = !text.starts_with(UNKNOWN_FIELD);
             (plain(text).to_owned(), quotes_value)
         }
     }
+}
+
+fn is_plain_key(key: &str) -> bool {
+    key.len() <= 40
+        && key
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.'))
 }
 
 fn required(name: &str, state: &str, hint: &str) -> String {

@@ -9,7 +9,7 @@ use std::{fmt, time::Duration};
 use super::{
     DuringOutage, HAS_JOURNAL, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, settings::split_address,
 };
-use crate::broker::BrokerType;
+use crate::{broker::BrokerType, topology::TopologyMode};
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +38,10 @@ impl MessagingConfig {
         self.check_routes(&mut found);
         if let Some(rabbitmq) = &self.rabbitmq {
             brokers::rabbitmq(rabbitmq, &mut found);
-            self.check_retry_delay(&mut found);
+            // Whoever ignores the topology has retry queues of their own.
+            if self.topology_mode != TopologyMode::Ignore {
+                self.check_retry_delay(&mut found);
+            }
         }
         if let Some(kafka) = &self.kafka {
             brokers::kafka(kafka, &mut found);
