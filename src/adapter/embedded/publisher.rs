@@ -14,7 +14,7 @@ use crate::{
         Receipt, Submission, lane::LanePort,
     },
     error::{Error, ErrorCode, Result},
-    message::{Message, Timestamp, wire::Marks},
+    message::{Message, MessageId, Timestamp, wire::Marks},
     topic::Topic,
 };
 
@@ -70,30 +70,32 @@ pub(super) fn publish_batch(
         mandatory: options.mandatory,
         address: address(shared, topic, options),
     };
-    let messages: Vec<Arc<Message>> = messages
+    let ids: Vec<MessageId> = messages.iter().map(|m| m.id.clone()).collect();
+    let prepared: Vec<Result<Arc<Message>>> = messages
         .into_iter()
-        .map(|m| with_defaults(m, options))
+        .map(|m| prepare(shared, topic, m, options))
         .collect();
-    let bytes: usize = messages.iter().map(|m| m.payload.len()).sum();
-    let n = messages.len() as u64;
-    let fates = shared.step(|state, now| {
+    let bytes: usize = prepared.iter().flatten().map(|m| m.payload.len()).sum();
+    let order = OrderKey::Publisher(0);
+    let fates: Vec<Fate> = shared.step(|state, now| {
         let target = state.resolve(now, topic, &way);
         let marks = state.no_marks.clone();
-        let order = OrderKey::Publisher(0);
-        let fates = messages
+        let fates = prepared
             .iter()
-            .map(|m| state.accept(now, &target, m, &marks, &order))
-            .collect::<Vec<_>>();
+            .map(|message| match message {
+                Ok(message) => state.accept(now, &target, message, &marks, &order),
+                Err(error) => Fate::Refused(error.clone()),
+            })
+            .collect();
         state.pump_target(now, &target);
         fates
     });
-    count(shared, n, bytes as u64, &fates);
-    messages
-        .iter()
+    count(shared, ids.len() as u64, bytes as u64, &fates);
+    ids.into_iter()
         .zip(fates)
-        .map(|(message, fate)| match fate {
+        .map(|(id, fate)| match fate {
             Fate::Confirmed(position) => Ok(Receipt {
-                id: message.id.clone(),
+                id,
                 outcome: if options.confirm {
                     Outcome::Delivered {
                         via: BrokerType::InMemory,
@@ -106,7 +108,7 @@ pub(super) fn publish_batch(
                 },
             }),
             Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => {
-                Err(e.with_id(message.id.as_str()))
+                Err(e.with_id(id.as_str()))
             }
         })
         .collect()
@@ -317,23 +319,48 @@ fn address(shared: &Shared, topic: &Topic, options: &PublishOptions) -> Option<(
     ))
 }
 
-/// The message with what the options give to messages that lack it.
-fn with_defaults(mut message: Arc<Message>, options: &PublishOptions) -> Arc<Message> {
-    if message.content_type.is_none() && !options.content_type.is_empty() {
-        Arc::make_mut(&mut message).content_type = Some(options.content_type.clone());
+/// The message as it is kept: with what the options give to messages that lack
+/// it, and checked.
+///
+/// # Errors
+/// `MESSAGE_INVALID`, `MESSAGE_TOO_LARGE`.
+fn prepare(
+    shared: &Shared,
+    topic: &Topic,
+    mut message: Arc<Message>,
+    options: &PublishOptions,
+) -> Result<Arc<Message>> {
+    if let Some(other) = message.topic.as_deref().filter(|t| *t != topic.as_str()) {
+        return Err(Error::rejected(
+            ErrorCode::MessageInvalid,
+            format!("the message names the topic {other:?} but is published to {topic:?}"),
+        )
+        .at(BrokerType::InMemory)
+        .on(topic.as_str()));
     }
-    if message.content_encoding.is_none() && options.content_encoding.is_some() {
-        Arc::make_mut(&mut message)
-            .content_encoding
-            .clone_from(&options.content_encoding);
-    }
-    if message.key.is_none() && options.key.is_some() {
-        Arc::make_mut(&mut message).key.clone_from(&options.key);
-    }
-    if options.partition.is_some() && message.partition != options.partition {
-        Arc::make_mut(&mut message).partition = options.partition;
+    let fills = message.content_type.is_none()
+        || (message.content_encoding.is_none() && options.content_encoding.is_some())
+        || (message.key.is_none() && options.key.is_some())
+        || (message.partition.is_none() && options.partition.is_some());
+    if fills {
+        let message = Arc::make_mut(&mut message);
+        message
+            .content_type
+            .get_or_insert_with(|| options.content_type.clone());
+        if message.content_encoding.is_none() {
+            message
+                .content_encoding
+                .clone_from(&options.content_encoding);
+        }
+        if message.key.is_none() {
+            message.key.clone_from(&options.key);
+        }
+        message.partition = message.partition.or(options.partition);
     }
     message
+        .validate(shared.config.max_message_bytes)
+        .map_err(|e| e.at(BrokerType::InMemory).on(topic.as_str()))?;
+    Ok(message)
 }
 
 fn count(shared: &Shared, messages: u64, bytes: u64, fates: &[Fate]) {
