@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
 use super::{
     group::StreamId,
     routing,
@@ -66,6 +68,7 @@ pub(super) fn publish_batch(
     if let Err(error) = shared.usable() {
         return messages.iter().map(|_| Err(error.clone())).collect();
     }
+    let began = Instant::now();
     let way = Way {
         mandatory: options.mandatory,
         address: address(shared, topic, options),
@@ -90,7 +93,7 @@ pub(super) fn publish_batch(
         state.pump_target(now, &target);
         fates
     });
-    count(shared, ids.len() as u64, bytes as u64, &fates);
+    count(shared, bytes as u64, &fates, began);
     ids.into_iter()
         .zip(fates)
         .map(|(id, fate)| match fate {
@@ -125,7 +128,7 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
         while let Ok(more) = port.submissions.try_recv() {
             batch.extend(more);
         }
-        let n = batch.len() as u64;
+        let began = Instant::now();
         let bytes: usize = batch.iter().map(|s| s.message.payload.len()).sum();
         let mut tokens = Vec::with_capacity(batch.len());
         let fates = shared.step(|state, now| {
@@ -148,7 +151,7 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
             state.pump_target(now, &target);
             fates
         });
-        count(shared, n, bytes as u64, &fates);
+        count(shared, bytes as u64, &fates, began);
         for (token, fate) in tokens.into_iter().zip(fates) {
             // With a submitter that keeps to its window there always is room;
             // a submitter that is gone does not want the answer.
@@ -363,7 +366,8 @@ fn prepare(
     Ok(message)
 }
 
-fn count(shared: &Shared, messages: u64, bytes: u64, fates: &[Fate]) {
+fn count(shared: &Shared, bytes: u64, fates: &[Fate], began: Instant) {
+    let messages = fates.len() as u64;
     let good = fates
         .iter()
         .filter(|f| matches!(f, Fate::Confirmed(_)))
@@ -374,6 +378,9 @@ fn count(shared: &Shared, messages: u64, bytes: u64, fates: &[Fate]) {
     recorder.batches_published.inc();
     recorder.publish_successes.add(good);
     recorder.publish_confirmations.add(good);
+    if good > 0 {
+        recorder.publish_latency.record_n(began.elapsed(), good);
+    }
     let bad = messages - good;
     if bad > 0 {
         recorder.publish_failures.add(bad);
