@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
 use super::{
+    group::StreamId,
     routing,
     shared::Shared,
     state::{QueueId, State},
@@ -13,7 +16,7 @@ use crate::{
         Receipt, Submission, lane::LanePort,
     },
     error::{Error, ErrorCode, Result},
-    message::{Message, Timestamp, wire::Marks},
+    message::{Message, MessageId, Timestamp, wire::Marks},
     topic::Topic,
 };
 
@@ -21,6 +24,8 @@ use crate::{
 pub(super) enum Target {
     /// To these queues, with the key that they were routed by.
     Queues(Vec<QueueId>, Option<Arc<str>>),
+    /// Into this stream.
+    Stream(StreamId),
     /// Nowhere, which the publisher said is fine.
     Nowhere,
 }
@@ -63,44 +68,37 @@ pub(super) fn publish_batch(
     if let Err(error) = shared.usable() {
         return messages.iter().map(|_| Err(error.clone())).collect();
     }
+    let began = Instant::now();
     let way = Way {
         mandatory: options.mandatory,
         address: address(shared, topic, options),
     };
-    let messages: Vec<Arc<Message>> = messages
+    let ids: Vec<MessageId> = messages.iter().map(|m| m.id.clone()).collect();
+    let prepared: Vec<Result<Arc<Message>>> = messages
         .into_iter()
-        .map(|m| with_defaults(m, options))
+        .map(|m| prepare(shared, topic, m, options))
         .collect();
-    let bytes: usize = messages.iter().map(|m| m.payload.len()).sum();
-    let n = messages.len() as u64;
-    let fates = shared.step(|state, now| {
+    let bytes: usize = prepared.iter().flatten().map(|m| m.payload.len()).sum();
+    let order = OrderKey::Publisher(0);
+    let fates: Vec<Fate> = shared.step(|state, now| {
         let target = state.resolve(now, topic, &way);
         let marks = state.no_marks.clone();
-        let order = OrderKey::Publisher(0);
-        let fates = messages
+        let fates = prepared
             .iter()
-            .map(|m| {
-                state.accept(
-                    now,
-                    &target,
-                    m,
-                    &marks,
-                    m.key
-                        .as_ref()
-                        .map_or(order.clone(), |k| OrderKey::Key(k.bytes())),
-                )
+            .map(|message| match message {
+                Ok(message) => state.accept(now, &target, message, &marks, &order),
+                Err(error) => Fate::Refused(error.clone()),
             })
-            .collect::<Vec<_>>();
+            .collect();
         state.pump_target(now, &target);
         fates
     });
-    count(shared, n, bytes as u64, &fates);
-    messages
-        .iter()
+    count(shared, bytes as u64, &fates, began);
+    ids.into_iter()
         .zip(fates)
-        .map(|(message, fate)| match fate {
+        .map(|(id, fate)| match fate {
             Fate::Confirmed(position) => Ok(Receipt {
-                id: message.id.clone(),
+                id,
                 outcome: if options.confirm {
                     Outcome::Delivered {
                         via: BrokerType::InMemory,
@@ -113,7 +111,7 @@ pub(super) fn publish_batch(
                 },
             }),
             Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => {
-                Err(e.with_id(message.id.as_str()))
+                Err(e.with_id(id.as_str()))
             }
         })
         .collect()
@@ -130,7 +128,7 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
         while let Ok(more) = port.submissions.try_recv() {
             batch.extend(more);
         }
-        let n = batch.len() as u64;
+        let began = Instant::now();
         let bytes: usize = batch.iter().map(|s| s.message.payload.len()).sum();
         let mut tokens = Vec::with_capacity(batch.len());
         let fates = shared.step(|state, now| {
@@ -147,13 +145,13 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
                     } = submission;
                     tokens.push(token);
                     let marks = state.shared_marks(marks);
-                    state.accept(now, &target, &message, &marks, order)
+                    state.accept(now, &target, &message, &marks, &order)
                 })
                 .collect();
             state.pump_target(now, &target);
             fates
         });
-        count(shared, n, bytes as u64, &fates);
+        count(shared, bytes as u64, &fates, began);
         for (token, fate) in tokens.into_iter().zip(fates) {
             // With a submitter that keeps to its window there always is room;
             // a submitter that is gone does not want the answer.
@@ -216,6 +214,9 @@ impl State {
             }
             return Ok(Target::Queues(queues, None));
         }
+        if let Some(id) = self.stream_names.get(topic.as_str()) {
+            return Ok(Target::Stream(*id));
+        }
         let unknown = || {
             Error::new(
                 ErrorCode::TopicNotFound,
@@ -239,7 +240,7 @@ impl State {
             let id = self.declare_queue(now, topic, &options)?;
             return Ok(Target::Queues(vec![id], None));
         }
-        Err(unknown())
+        self.ensure_stream(now, topic).map(Target::Stream)
     }
 
     /// Takes one message.
@@ -249,12 +250,12 @@ impl State {
         target: &Result<Target>,
         message: &Arc<Message>,
         marks: &Arc<Marks>,
-        order: OrderKey,
+        order: &OrderKey,
     ) -> Fate {
-        let _ = order;
         match target {
             Err(error) => Fate::Refused(error.clone()),
             Ok(Target::Nowhere) => Fate::Confirmed(None),
+            Ok(Target::Stream(id)) => self.append(now, *id, message, marks, order),
             Ok(Target::Queues(queues, key)) => {
                 match self.enqueue(now, queues, message, marks, key.as_ref()) {
                     Ok(()) => Fate::Confirmed(None),
@@ -266,16 +267,21 @@ impl State {
 
     /// Hands out what a batch brought.
     pub(super) fn pump_target(&mut self, now: Timestamp, target: &Result<Target>) {
-        if let Ok(Target::Queues(queues, _)) = target {
-            for queue in queues {
-                self.pump(now, *queue);
+        match target {
+            Ok(Target::Queues(queues, _)) => {
+                for queue in queues {
+                    self.pump(now, *queue);
+                }
             }
+            Ok(Target::Stream(id)) => self.wake_stream(*id),
+            Ok(Target::Nowhere) | Err(_) => {}
         }
     }
 
     /// Whether an unknown name is to be a queue.
     pub(super) fn names_queue(&self, topic: &str) -> bool {
         self.topology.queue(topic).is_some()
+            || topic == self.topology.dead_letter_queue()
             || (self.topology.topic(topic).is_none()
                 && self.config.queue_patterns.iter().any(|p| p.matches(topic)))
     }
@@ -316,26 +322,52 @@ fn address(shared: &Shared, topic: &Topic, options: &PublishOptions) -> Option<(
     ))
 }
 
-/// The message with what the options give to messages that lack it.
-fn with_defaults(mut message: Arc<Message>, options: &PublishOptions) -> Arc<Message> {
-    if message.content_type.is_none() && !options.content_type.is_empty() {
-        Arc::make_mut(&mut message).content_type = Some(options.content_type.clone());
+/// The message as it is kept: with what the options give to messages that lack
+/// it, and checked.
+///
+/// # Errors
+/// `MESSAGE_INVALID`, `MESSAGE_TOO_LARGE`.
+fn prepare(
+    shared: &Shared,
+    topic: &Topic,
+    mut message: Arc<Message>,
+    options: &PublishOptions,
+) -> Result<Arc<Message>> {
+    if let Some(other) = message.topic.as_deref().filter(|t| *t != topic.as_str()) {
+        return Err(Error::rejected(
+            ErrorCode::MessageInvalid,
+            format!("the message names the topic {other:?} but is published to {topic:?}"),
+        )
+        .at(BrokerType::InMemory)
+        .on(topic.as_str()));
     }
-    if message.content_encoding.is_none() && options.content_encoding.is_some() {
-        Arc::make_mut(&mut message)
-            .content_encoding
-            .clone_from(&options.content_encoding);
-    }
-    if message.key.is_none() && options.key.is_some() {
-        Arc::make_mut(&mut message).key.clone_from(&options.key);
-    }
-    if options.partition.is_some() && message.partition != options.partition {
-        Arc::make_mut(&mut message).partition = options.partition;
+    let fills = message.content_type.is_none()
+        || (message.content_encoding.is_none() && options.content_encoding.is_some())
+        || (message.key.is_none() && options.key.is_some())
+        || (message.partition.is_none() && options.partition.is_some());
+    if fills {
+        let message = Arc::make_mut(&mut message);
+        message
+            .content_type
+            .get_or_insert_with(|| options.content_type.clone());
+        if message.content_encoding.is_none() {
+            message
+                .content_encoding
+                .clone_from(&options.content_encoding);
+        }
+        if message.key.is_none() {
+            message.key.clone_from(&options.key);
+        }
+        message.partition = message.partition.or(options.partition);
     }
     message
+        .validate(shared.config.max_message_bytes)
+        .map_err(|e| e.at(BrokerType::InMemory).on(topic.as_str()))?;
+    Ok(message)
 }
 
-fn count(shared: &Shared, messages: u64, bytes: u64, fates: &[Fate]) {
+fn count(shared: &Shared, bytes: u64, fates: &[Fate], began: Instant) {
+    let messages = fates.len() as u64;
     let good = fates
         .iter()
         .filter(|f| matches!(f, Fate::Confirmed(_)))
@@ -346,6 +378,9 @@ fn count(shared: &Shared, messages: u64, bytes: u64, fates: &[Fate]) {
     recorder.batches_published.inc();
     recorder.publish_successes.add(good);
     recorder.publish_confirmations.add(good);
+    if good > 0 {
+        recorder.publish_latency.record_n(began.elapsed(), good);
+    }
     let bad = messages - good;
     if bad > 0 {
         recorder.publish_failures.add(bad);

@@ -57,8 +57,8 @@ impl State {
                 .at(BrokerType::InMemory)
                 .on(name.as_str())
         };
-        if let Some(id) = self.queue_names.get(&name).copied() {
-            if let Some(queue) = self.queues.get_mut(&id) {
+        if let Some(id) = self.queue_names.get(&name).copied()
+            && let Some(queue) = self.queues.get_mut(&id) {
                 if let Some((argument, is, wanted)) = differences(queue.core.options(), options)
                     .into_iter()
                     .next()
@@ -70,6 +70,10 @@ impl State {
                 queue.core.touch(now);
                 return Ok(id);
             }
+        if self.stream_names.contains_key(&name) {
+            return Err(failed(
+                "a stream has this name; a topic is either a queue or a stream".to_owned(),
+            ));
         }
         let core = Queue::new(now, options.clone(), self.config.max_messages)
             .map_err(|e| failed(e.message().to_owned()))?;
@@ -772,7 +776,8 @@ fn dead_letter(mut entry: Entry, failure: Failure) -> Entry {
     entry
 }
 
-fn stale() -> Error {
+/// The answer to a verdict on what is not held any more.
+pub(super) fn stale() -> Error {
     Error::new(
         ErrorCode::AckFailed,
         "this delivery is not held any more (its queue was deleted, or its position moved)",
