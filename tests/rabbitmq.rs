@@ -1184,6 +1184,127 @@ async fn the_management_api_adds_what_amqp_does_not_tell() {
     broker.close().await.unwrap();
 }
 
+#[tokio::test]
+async fn a_silent_server_is_noticed_and_joined_again() {
+    let rabbit = need!(shared_rabbit(RabbitVersion::V3_10).await);
+    let proxy = TcpProxy::to_port(rabbit.port()).await.unwrap();
+    let short = RabbitMqConfig {
+        heartbeat: Duration::from_secs(1),
+        connection_timeout: Duration::from_secs(1),
+        ..config(&rabbit.url_via(proxy.port()))
+    };
+    let broker = connected(short, Topology::default()).await;
+    let queue = queue(&broker, &unique("silent")).await;
+    let mut consumer = broker
+        .consume(&of(&queue), &SubscribeOptions::default())
+        .await
+        .unwrap();
+    proxy.half_open();
+    let noticed = std::time::Instant::now();
+    up(&broker, false).await;
+    assert!(
+        noticed.elapsed() < Duration::from_secs(6),
+        "{:?}",
+        noticed.elapsed()
+    );
+    proxy.heal().await;
+    let healed = std::time::Instant::now();
+    up(&broker, true).await;
+    assert!(
+        healed.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        healed.elapsed()
+    );
+    all_confirmed(&publish_all(&broker, &queue, vec![numbered(0)]).await);
+    ack_all(receive(&mut consumer, 1).await).await;
+    broker.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_full_queue_is_overload_and_not_a_refusal() {
+    for version in RabbitVersion::ALL {
+        let rabbit = need!(shared_rabbit(version).await);
+        let broker = connected(config(rabbit.url()), Topology::default()).await;
+        let queue = Topic::new(unique("full")).unwrap();
+        let options = QueueOptions {
+            queue_type: Some(QueueType::Classic),
+            max_length: Some(3),
+            overflow: Some("reject-publish".into()),
+            ..QueueOptions::default()
+        };
+        broker.declare_queue(&queue, &options).await.unwrap();
+        let fates = publish_all(&broker, &queue, (0..10).map(numbered).collect()).await;
+        let count = |f: fn(&Fate) -> bool| fates.values().filter(|x| f(x)).count();
+        assert_eq!(count(|f| matches!(f, Fate::Confirmed(_))), 3, "{fates:?}");
+        assert_eq!(count(|f| matches!(f, Fate::Overloaded(_))), 7, "{fates:?}");
+        broker.close().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn without_confirms_a_publish_is_answered_once_written() {
+    let rabbit = need!(shared_rabbit(RabbitVersion::V3_10).await);
+    let broker = connected(config(rabbit.url()), Topology::default()).await;
+    let queue = queue(&broker, &unique("sent")).await;
+    let options = LaneOptions {
+        confirm: false,
+        window: 100,
+        ..LaneOptions::default()
+    };
+    let mut lane = broker.open_lane(&queue, 0, &options).await.unwrap();
+    for round in 0..50 {
+        let batch = (0..100)
+            .map(|n| submission(n, numbered(round * 100 + n)))
+            .collect();
+        lane.submissions.send(batch).await.unwrap();
+        for _ in 0..100 {
+            let c = wait::within(SOON, "an answer", lane.confirmations.recv())
+                .await
+                .unwrap();
+            assert!(matches!(c.fate, Fate::Confirmed(None)), "{c:?}");
+        }
+    }
+    // Letting go of the lane still writes out what was taken.
+    drop(lane.submissions);
+    assert!(
+        wait::within(SOON, "the lane ends", lane.confirmations.recv())
+            .await
+            .is_none()
+    );
+    depth_becomes(&broker, &queue, 5000).await;
+    broker.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn who_may_not_write_is_refused() {
+    let rabbit = need!(Rabbit::start(RabbitVersion::V4).await);
+    rabbit.ctl(&["add_user", "reader", "pw@/:%"]).await;
+    rabbit
+        .ctl(&["set_permissions", "reader", ".*", "^$", ".*"])
+        .await;
+    let url = format!("amqp://reader:pw%40%2F%3A%25@127.0.0.1:{}", rabbit.port());
+    let broker = RabbitMqBroker::new(config(&url), Arc::default(), TopologyMode::Ignore);
+    broker.connect().await.unwrap();
+    let queue = Topic::new(unique("readonly")).unwrap();
+    broker
+        .declare_queue(&queue, &QueueOptions::default())
+        .await
+        .expect("configuring is allowed");
+    let mut lane = broker
+        .open_lane(&queue, 0, &LaneOptions::default())
+        .await
+        .unwrap();
+    let fates = publish(&mut lane, (0..3).map(numbered).collect()).await;
+    for fate in fates.values() {
+        match fate {
+            Fate::Refused(e) => assert_eq!(e.code(), ErrorCode::AuthenticationFailed, "{e}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(broker.is_connected());
+    broker.close().await.unwrap();
+}
+
 async fn raw(url: &str) -> lapin::Connection {
     lapin::Connection::connect(url, lapin::ConnectionProperties::default())
         .await
