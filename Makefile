@@ -1,0 +1,69 @@
+# `make run` and `make test` need a Rust toolchain and nothing else on a Debian
+# or Ubuntu: what is missing they install (as root or with sudo). The rest is
+# for who works on the hub.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+INFRA_RUN ?= .infra/run
+CONFIG    ?=
+
+.PHONY: help run build-tools test lint deny test-infra-start test-infra-stop \
+        test-infra-status test-faults bench challenges
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make run                builds the hub and serves (CONFIG=FILE for a configuration)
+run: build-tools
+	cargo run --release --locked --bin messaging-hub -- serve $(if $(CONFIG),--config $(CONFIG))
+
+## make test               everything that CI runs, against real brokers
+test:
+	@scripts/run-tests
+
+## make lint               format, clippy, docs, and licences and advisories if cargo-deny is there
+lint: build-tools
+	cargo fmt --all -- --check
+	cargo clippy --locked --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
+	@if command -v shellcheck >/dev/null; then shellcheck -x -P SCRIPTDIR -S warning scripts/brokers scripts/test-ca scripts/check-compose scripts/build-tools scripts/run-tests .ci/run; \
+	else echo "lint: shellcheck is not installed, the scripts were not checked"; fi
+	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check; \
+	else echo "lint: cargo-deny is not installed, licences and advisories were not checked (make deny)"; fi
+
+## make deny               licences, advisories, sources; installs cargo-deny first if needed
+deny:
+	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
+	cargo deny --all-features check
+
+build-tools:
+	@scripts/build-tools
+
+## make test-infra-start   RabbitMQ 3.10 and 4, Kafka 4, on ports of their own
+test-infra-start:
+	@scripts/brokers install all
+	@for kind in rabbitmq-3.10 rabbitmq-4 kafka-4; do \
+	    if [[ -e $(INFRA_RUN)/$$kind/spec ]]; then scripts/brokers restart $(INFRA_RUN)/$$kind; \
+	    else scripts/brokers start $$kind $(INFRA_RUN)/$$kind; fi || exit 1; \
+	done
+	@echo "export RABBITMQ_3_10_DIR=$(abspath $(INFRA_RUN))/rabbitmq-3.10 RABBITMQ_4_DIR=$(abspath $(INFRA_RUN))/rabbitmq-4 KAFKA_4_DIR=$(abspath $(INFRA_RUN))/kafka-4"
+
+## make test-infra-stop    ends them and deletes their data
+test-infra-stop:
+	@for kind in rabbitmq-3.10 rabbitmq-4 kafka-4; do scripts/brokers remove $(INFRA_RUN)/$$kind; done
+
+## make test-faults        the live fault tests alone: servers killed, paused, cut off
+test-faults: build-tools
+	@scripts/brokers install all
+	MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --test 'fault*' -- --nocapture
+
+## make bench              side by side with the bare clients, on real brokers
+bench: build-tools
+	@scripts/brokers install all
+	cargo run --release --locked --bin messaging-hub -- bench all
+
+## make challenges         the scripts that try the hub from outside
+challenges: build-tools
+	@scripts/brokers install all
+	@set -e; for script in challenges/scripts/*.sh; do echo "== $$script"; $$script; done
