@@ -1,7 +1,7 @@
 //! Records a history while a check runs, for [`ledger`](super::ledger) to judge.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap, HashSet},
     fmt::Write as _,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -47,7 +47,22 @@ impl Demand {
 
 /// A history in the making, shared by all publishers and readers of a check.
 #[derive(Debug, Default)]
-pub(crate) struct Log(Mutex<History>);
+pub(crate) struct Log(Mutex<Inner>);
+
+/// The history, with counts beside it that are asked for at every delivery.
+#[derive(Debug, Default)]
+struct Inner {
+    history: History,
+    accepted: HashSet<String>,
+    groups: HashMap<String, Got>,
+}
+
+#[derive(Debug, Default)]
+struct Got {
+    ids: HashSet<String>,
+    /// How many of `ids` were accepted.
+    accepted: usize,
+}
 
 impl Log {
     /// Notes a publish with its outcome.
@@ -59,26 +74,41 @@ impl Log {
         message: &Message,
         result: &Result<Receipt>,
     ) {
-        self.lock().published.push(Published {
+        let id = message.id.as_str().to_owned();
+        let outcome = outcome(result);
+        let mut inner = self.lock();
+        if outcome.is_accepted() && inner.accepted.insert(id.clone()) {
+            for got in inner.groups.values_mut() {
+                // It may arrive before its publisher hears of it.
+                got.accepted += usize::from(got.ids.contains(&id));
+            }
+        }
+        inner.history.published.push(Published {
             publisher: publisher.to_owned(),
             topic: topic.as_str().to_owned(),
             key: message.key.as_ref().map(key_text),
             seq,
-            id: message.id.as_str().to_owned(),
+            id,
             payload_hash: fingerprint(message),
-            outcome: outcome(result),
+            outcome,
         });
     }
 
     /// Notes a delivery.
     pub(crate) fn delivered(&self, group: &str, received: &Received, settled: bool) {
-        let mut history = self.lock();
-        let index = history.delivered.len() as u64;
-        history.delivered.push(Delivered {
+        let id = received.message.id.as_str().to_owned();
+        let mut inner = self.lock();
+        let accepted = inner.accepted.contains(&id);
+        let got = inner.groups.entry(group.to_owned()).or_default();
+        if got.ids.insert(id.clone()) {
+            got.accepted += usize::from(accepted);
+        }
+        let index = inner.history.delivered.len() as u64;
+        inner.history.delivered.push(Delivered {
             group: group.to_owned(),
             consumer: String::new(),
             topic: received.topic.as_str().to_owned(),
-            id: received.message.id.as_str().to_owned(),
+            id,
             payload_hash: fingerprint(&received.message),
             key: received.message.key.as_ref().map(key_text),
             index,
@@ -90,31 +120,30 @@ impl Log {
     /// Names the groups that must see everything of a topic.
     pub(crate) fn expect(&self, topic: &Topic, groups: &[&str]) {
         let groups: BTreeSet<_> = groups.iter().map(|g| (*g).to_owned()).collect();
-        let mut history = self.lock();
-        history
-            .expected_groups
-            .insert(topic.as_str().to_owned(), groups);
+        let expected = &mut self.lock().history.expected_groups;
+        expected.insert(topic.as_str().to_owned(), groups);
     }
 
     /// How many different messages a group has got.
     pub(crate) fn distinct(&self, group: &str) -> usize {
-        let history = self.lock();
-        let got = history.delivered.iter().filter(|d| d.group == group);
-        got.map(|d| (d.topic.as_str(), d.id.as_str()))
-            .collect::<BTreeSet<_>>()
-            .len()
+        self.lock().groups.get(group).map_or(0, |got| got.ids.len())
     }
 
-    /// How many publishes were accepted.
+    /// How many accepted messages a group has not got.
+    pub(crate) fn missing(&self, group: &str) -> usize {
+        let inner = self.lock();
+        let got = inner.groups.get(group).map_or(0, |got| got.accepted);
+        inner.accepted.len() - got
+    }
+
+    /// How many messages were accepted.
     pub(crate) fn accepted(&self) -> usize {
-        let history = self.lock();
-        let accepted = history.published.iter();
-        accepted.filter(|p| p.outcome.is_accepted()).count()
+        self.lock().accepted.len()
     }
 
     /// Judges what was recorded.
     pub(crate) fn judge(&self, demand: Demand) -> Result<Verdict, Failure> {
-        let mut verdict = ledger::check(&self.lock());
+        let mut verdict = ledger::check(&self.lock().history);
         if !demand.order {
             verdict.reordered.clear();
         }
@@ -159,7 +188,7 @@ impl Log {
         Err(Failure::new(text.trim_end()))
     }
 
-    fn lock(&self) -> MutexGuard<'_, History> {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
         // A check that panicked while it recorded left complete entries only.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
