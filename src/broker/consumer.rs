@@ -125,6 +125,17 @@ impl ConsumerControl {
             .await;
     }
 
+    /// Waits until somebody asks the source to stop.
+    pub async fn stopping(&self) {
+        self.stopping.cancelled().await;
+    }
+
+    /// Whether somebody has asked the source to stop.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.is_cancelled()
+    }
+
     /// Whether the broker has the subscription now.
     #[must_use]
     pub fn is_active(&self) -> bool {
