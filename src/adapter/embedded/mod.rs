@@ -1,1 +1,224 @@
-//! The embedded broker: queues and streams in this process.
+//! The embedded broker: queues and streams in this process, for a laptop
+//! without infrastructure and as the place where messages wait while another
+//! broker is away.
+//!
+//! ```text
+//!   lanes, publish_batch --> Shared::step( State ) --> outboxes --> consumer tasks
+//!   timer task ------------>      |   ^
+//!                                 v   |
+//!                     queue / stream / group (pure)
+//! ```
+//!
+//! All state is stepped under one lock, a batch at a time. It keeps everything
+//! in memory and refuses to be a cluster: nothing is replicated, nothing is
+//! written to a disk.
+//!
+//! Options that speak of a wire, a session or a cluster hold trivially here and
+//! are accepted: compression (nothing is written that could be compressed),
+//! session time-out and heartbeat (a member lives exactly as long as its
+//! consumer), commit interval (positions are committed as verdicts come),
+//! replication, linger and batch size (a batch is taken as it comes).
+
+mod clock;
+mod config;
+mod consumer;
+mod lease;
+mod publisher;
+mod queue;
+mod queues;
+mod rate;
+mod routing;
+mod shared;
+mod state;
+mod task_queue;
+mod topology;
+
+use std::{fmt, sync::Arc};
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use self::shared::Shared;
+use crate::{
+    broker::{
+        BrokerType, ConnectionState, Consumer, Handler, Lane, LaneOptions, MessageBroker,
+        PublishOptions, Receipt, Source, SubscribeOptions, Subscription, TaskQueueBroker,
+        dispatch::Subscriptions,
+    },
+    error::Result,
+    message::Message,
+    metrics::MetricsRecorder,
+    topic::{Pattern, Topic},
+    topology::{Topology, TopologyReport},
+};
+
+pub use config::EmbeddedConfig;
+
+/// The embedded broker.
+pub struct EmbeddedBroker {
+    shared: Arc<Shared>,
+    subscriptions: Subscriptions,
+}
+
+impl EmbeddedBroker {
+    /// A broker that holds nothing yet; [`MessageBroker::connect`] starts it
+    /// and makes what the topology names.
+    #[must_use]
+    pub fn new(config: EmbeddedConfig, topology: Arc<Topology>) -> Arc<Self> {
+        Arc::new(Self {
+            shared: Arc::new(Shared::new(config, topology)),
+            subscriptions: Subscriptions::default(),
+        })
+    }
+
+    /// Compares what exists with the topology, and makes what is missing when
+    /// `apply` says so.
+    ///
+    /// # Errors
+    /// `OPERATION_CANCELED` after close; a queue or topic whose options are
+    /// wrong.
+    #[allow(clippy::unused_async)]
+    pub async fn topology(&self, apply: bool) -> Result<TopologyReport> {
+        self.shared.usable()?;
+        self.shared
+            .step(|state, now| state.check_topology(now, apply))
+    }
+}
+
+#[async_trait]
+impl MessageBroker for EmbeddedBroker {
+    fn broker_type(&self) -> BrokerType {
+        BrokerType::InMemory
+    }
+
+    async fn connect(&self) -> Result<()> {
+        let shared = &self.shared;
+        if shared.closed.is_cancelled() {
+            return Err(shared::canceled());
+        }
+        if shared.connection.borrow().connected {
+            return Ok(());
+        }
+        shared.recorder.connection_attempts.inc();
+        let made = shared.config.validate().and_then(|()| {
+            shared
+                .step(|state, now| state.check_topology(now, true))
+                .map(drop)
+        });
+        if let Err(error) = made {
+            shared.recorder.connection_failures.inc();
+            return Err(error);
+        }
+        shared.start();
+        shared.recorder.connection_successes.inc();
+        shared.recorder.current_connections.inc();
+        shared.connection.send_replace(ConnectionState {
+            generation: 1,
+            connected: true,
+            reason: None,
+            refused: false,
+        });
+        Ok(())
+    }
+
+    async fn close(&self) -> Result<()> {
+        let shared = &self.shared;
+        self.subscriptions.close().await;
+        let first = !shared.closed.is_cancelled();
+        shared.closed.cancel();
+        if first && shared.connection.borrow().connected {
+            shared.recorder.current_connections.dec();
+        }
+        shared.connection.send_replace(ConnectionState {
+            generation: 1,
+            connected: false,
+            reason: Some("closed".into()),
+            refused: false,
+        });
+        shared.tasks.close();
+        shared.tasks.wait().await;
+        Ok(())
+    }
+
+    async fn health_check(&self) -> Result<()> {
+        self.shared.usable()?;
+        // Takes the lock, so that a broker that is stuck does not say it is well.
+        self.shared.step(|_, _| Ok(()))
+    }
+
+    fn connection(&self) -> watch::Receiver<ConnectionState> {
+        self.shared.connection.subscribe()
+    }
+
+    fn endpoints(&self) -> Vec<String> {
+        vec!["inmemory".to_owned()]
+    }
+
+    fn server_version(&self) -> Option<String> {
+        Some(env!("CARGO_PKG_VERSION").to_owned())
+    }
+
+    fn recorder(&self) -> &Arc<MetricsRecorder> {
+        &self.shared.recorder
+    }
+
+    async fn open_lane(&self, topic: &Topic, _lane: u32, options: &LaneOptions) -> Result<Lane> {
+        publisher::open_lane(&self.shared, topic, options)
+    }
+
+    async fn consume(&self, source: &Source, options: &SubscribeOptions) -> Result<Consumer> {
+        if self.shared.closed.is_cancelled() {
+            return Err(shared::canceled());
+        }
+        match source {
+            Source::Queue(pattern) => consumer::consume_queues(&self.shared, pattern, options),
+            Source::Stream(pattern) => Err(crate::error::Error::rejected(
+                crate::error::ErrorCode::InvalidConfig,
+                "the embedded broker has no streams yet",
+            )
+            .on(pattern.as_str())),
+        }
+    }
+
+    async fn publish_batch(
+        &self,
+        topic: &Topic,
+        messages: Vec<Arc<Message>>,
+        options: &PublishOptions,
+    ) -> Vec<Result<Receipt>> {
+        publisher::publish_batch(&self.shared, topic, messages, options)
+    }
+
+    async fn subscribe(
+        &self,
+        source: &Source,
+        options: SubscribeOptions,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Subscription> {
+        self.subscriptions
+            .start(self, source, options, handler, &self.shared.recorder)
+            .await
+    }
+
+    async fn unsubscribe(&self, pattern: &Pattern) -> Result<()> {
+        self.subscriptions.unsubscribe(pattern).await
+    }
+
+    fn task_queue(&self) -> Option<&dyn TaskQueueBroker> {
+        Some(self)
+    }
+
+    async fn ensure(&self, source: &Source) -> Result<()> {
+        self.shared.usable()?;
+        self.shared.step(|state, now| state.ensure(now, source))
+    }
+}
+
+impl fmt::Debug for EmbeddedBroker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EmbeddedBroker")
+            .field("config", &self.shared.config)
+            .field("connection", &*self.shared.connection.borrow())
+            .finish_non_exhaustive()
+    }
+}

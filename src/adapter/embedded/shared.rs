@@ -1,0 +1,146 @@
+//! The shell around the state: one lock that is held for a batch and never
+//! across an await, the clock, the timer task and the end of it all.
+
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    time::Duration,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{clock::Clock, config::EmbeddedConfig, state::State};
+use crate::{
+    broker::{BrokerType, ConnectionState},
+    error::{Error, ErrorCode, Result},
+    message::Timestamp,
+    metrics::MetricsRecorder,
+    topology::Topology,
+};
+
+/// What the broker's tasks share.
+pub(super) struct Shared {
+    state: Mutex<State>,
+    clock: Clock,
+    timer: Notify,
+    started: AtomicBool,
+    pub(super) closed: CancellationToken,
+    pub(super) tasks: TaskTracker,
+    pub(super) recorder: Arc<MetricsRecorder>,
+    pub(super) topology: Arc<Topology>,
+    pub(super) config: EmbeddedConfig,
+    pub(super) connection: watch::Sender<ConnectionState>,
+}
+
+impl Shared {
+    pub(super) fn new(config: EmbeddedConfig, topology: Arc<Topology>) -> Self {
+        let recorder = Arc::new(MetricsRecorder::default());
+        Self {
+            state: Mutex::new(State::new(
+                config.clone(),
+                topology.clone(),
+                recorder.clone(),
+            )),
+            clock: Clock::new(),
+            timer: Notify::new(),
+            started: AtomicBool::new(false),
+            closed: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            recorder,
+            topology,
+            config,
+            connection: watch::channel(ConnectionState::default()).0,
+        }
+    }
+
+    /// One step of the state, under its lock; wakes whom it woke afterwards.
+    pub(super) fn step<R>(&self, step: impl FnOnce(&mut State, Timestamp) -> R) -> R {
+        let now = self.clock.now();
+        // A panic inside a step is a bug, but one that must not take every
+        // queue of the process with it.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = step(&mut state, now);
+        let (wakes, rearm) = state.take_wakes();
+        drop(state);
+        for wake in wakes {
+            wake.notify_one();
+        }
+        if rearm {
+            self.timer.notify_one();
+        }
+        result
+    }
+
+    /// The broker's now.
+    pub(super) fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    /// Whether operations are possible.
+    ///
+    /// # Errors
+    /// `OPERATION_CANCELED` after close, `CONNECTION_CLOSED` before connect.
+    pub(super) fn usable(&self) -> Result<()> {
+        if self.closed.is_cancelled() {
+            return Err(canceled());
+        }
+        if !self.connection.borrow().connected {
+            return Err(Error::new(
+                ErrorCode::ConnectionClosed,
+                "the embedded broker is not connected; call connect first",
+            )
+            .at(BrokerType::InMemory));
+        }
+        Ok(())
+    }
+
+    /// Starts the timer task, once.
+    pub(super) fn start(self: &Arc<Self>) {
+        if self.started.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let shared = self.clone();
+        self.tasks.spawn(async move {
+            let closed = shared.closed.clone();
+            tokio::select! {
+                () = closed.cancelled() => {}
+                () = shared.run_timer() => {}
+            }
+        });
+    }
+
+    /// Runs what time brings when it is due. A step that makes something due
+    /// earlier rearms it; the permit of `Notify` covers a rearm that comes
+    /// between the tick and the wait.
+    async fn run_timer(&self) {
+        loop {
+            let wait = self.step(|state, now| {
+                state
+                    .tick(now)
+                    .map_or(LONGEST_WAIT, |at| at.since(now).min(LONGEST_WAIT))
+            });
+            tokio::select! {
+                () = self.timer.notified() => {}
+                // At least a millisecond, the clock's own grain, so that a due
+                // time within it does not spin.
+                () = tokio::time::sleep(wait.max(Duration::from_millis(1))) => {}
+            }
+        }
+    }
+}
+
+/// What everything answers after close.
+pub(super) fn canceled() -> Error {
+    Error::new(
+        ErrorCode::OperationCanceled,
+        "the embedded broker is closed",
+    )
+    .at(BrokerType::InMemory)
+}
+
+/// The timer looks at the clock at least this often, because the wall clock
+/// may jump (a machine that slept).
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
