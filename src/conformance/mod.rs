@@ -23,11 +23,14 @@
 //! ```
 
 mod checks;
+pub mod embedded;
 mod factory;
 mod failure;
 mod fixture;
 pub mod ledger;
 mod log;
+#[cfg(test)]
+mod mutants;
 mod reader;
 mod report;
 mod run;

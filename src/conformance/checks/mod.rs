@@ -96,7 +96,7 @@ checks! {
     QUEUE order::each_of_sixteen_keys_keeps_its_order [OrderedSingleConsumer];
     BOTH order::the_key_is_reported_byte_for_byte [];
     STREAM order::one_key_stays_in_one_partition [];
-    BOTH order::handlers_of_one_key_run_in_order [PerKeyOrder];
+    STREAM order::handlers_of_one_key_run_in_order [PerKeyOrder];
     BOTH closing::readers_may_come_and_go_without_loss [];
     BOTH closing::ten_readers_closed_at_once_lose_nothing [];
     BOTH closing::a_dropped_reader_loses_nothing [];
