@@ -17,6 +17,8 @@ mod router;
 mod settings;
 mod subscriptions;
 #[cfg(test)]
+mod subscriptions_tests;
+#[cfg(test)]
 mod tests;
 
 pub use engine::dispatch;

@@ -1,7 +1,7 @@
 //! The subscriptions that run on a broker, so that it can end them.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -58,6 +58,9 @@ impl Subscriptions {
         handler: Arc<dyn Handler>,
         recorder: &Arc<MetricsRecorder>,
     ) -> Result<Subscription> {
+        if self.lock().closed {
+            return Err(closed().at(broker.broker_type()));
+        }
         let id = options
             .consumer_tag
             .clone()
@@ -78,8 +81,9 @@ impl Subscriptions {
         };
         let control = consumer.control.clone();
         let task = {
-            let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut running = self.lock();
             if running.closed {
+                // Closed meanwhile; nobody else would end this consumer.
                 control.begin_stop();
                 return Err(closed().at(broker.broker_type()));
             }
@@ -111,7 +115,7 @@ impl Subscriptions {
     /// Stopping goes on when the future is dropped; only the waiting ends.
     pub async fn unsubscribe(&self, pattern: &Pattern) -> Result<()> {
         let entries: Vec<Entry> = {
-            let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut running = self.lock();
             running.entries.retain(|e| !e.ended.is_cancelled());
             let matching = running.entries.iter().filter(|e| e.pattern == *pattern);
             matching.cloned().collect()
@@ -149,7 +153,7 @@ impl Subscriptions {
     /// end.
     pub async fn close_within(&self, grace: Duration) {
         let entries = {
-            let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut running = self.lock();
             running.closed = true;
             running.entries.clone()
         };
@@ -169,6 +173,11 @@ impl Subscriptions {
         for entry in &entries {
             entry.control.stop().await;
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Running> {
+        // Nothing under this lock can panic half-way, so a poisoned one is whole.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
