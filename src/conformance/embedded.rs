@@ -76,7 +76,12 @@ impl Factory for EmbeddedFactory {
             C::PerKeyOrder,
             C::OrderedSingleConsumer,
             C::QueueStats,
+            C::Dequeue,
             C::Purge,
+            C::QueueTtl,
+            C::DeclareConflict,
+            C::HandlerOptions,
+            C::Unconfirmed,
             C::TopicMetadata,
             C::BoundedPrefetch,
         ])

@@ -99,8 +99,18 @@ pub enum Capability {
     OrderedSingleConsumer,
     /// `queue_stats`.
     QueueStats,
+    /// `dequeue_task`.
+    Dequeue,
     /// `purge_queue`.
     Purge,
+    /// Queues that expire messages (`message_ttl_ms`).
+    QueueTtl,
+    /// A queue declared again with other options is refused.
+    DeclareConflict,
+    /// `filter` and `handler_timeout` of handlers.
+    HandlerOptions,
+    /// A publish without a confirm.
+    Unconfirmed,
     /// `topic_metadata`.
     TopicMetadata,
     /// Unfinished messages are bounded by prefetch and `max_poll_records`.
@@ -154,6 +164,8 @@ pub struct Wanted {
     pub kind: Kind,
     /// Highest priority of a queue.
     pub max_priority: Option<u8>,
+    /// How long messages of a queue live.
+    pub message_ttl_ms: Option<u64>,
     /// Partitions of a stream. Default 3.
     pub partitions: i32,
     /// Largest message of a stream in bytes. Default: the backend's.
@@ -167,6 +179,7 @@ impl Wanted {
         Self {
             kind,
             max_priority: None,
+            message_ttl_ms: None,
             partitions: TopicOptions::default().partitions,
             max_message_bytes: None,
         }
@@ -186,6 +199,7 @@ impl Wanted {
     pub fn queue_options(&self) -> QueueOptions {
         QueueOptions {
             max_priority: self.max_priority,
+            message_ttl_ms: self.message_ttl_ms,
             ..QueueOptions::default()
         }
     }

@@ -1,14 +1,14 @@
 //! What the suite drives: a broker, or the hub over several.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
 use super::{Kind, Wanted};
 use crate::{
     broker::{
-        Consumer, EventStreamBroker, Handler, MessageBroker, PublishOptions, QueueStats, Receipt,
-        SeekTo, Source, SubscribeOptions, Subscription, TaskQueueBroker, TopicMetadata,
+        Consumer, Delivery, EventStreamBroker, Handler, MessageBroker, PublishOptions, QueueStats,
+        Receipt, SeekTo, Source, SubscribeOptions, Subscription, TaskQueueBroker, TopicMetadata,
     },
     error::{Error, ErrorCode, Result},
     message::Message,
@@ -61,6 +61,12 @@ pub trait Target: Send + Sync + 'static {
     /// The state of a queue.
     async fn queue_stats(&self, queue: &Topic) -> Result<QueueStats> {
         Err(not_offered("queue_stats", queue))
+    }
+
+    /// Takes one message of a queue, waiting up to `wait` for one.
+    async fn dequeue(&self, queue: &Topic, wait: Duration) -> Result<Option<Delivery>> {
+        let _ = wait;
+        Err(not_offered("dequeue", queue))
     }
 
     /// Deletes the ready messages of a queue.
@@ -174,6 +180,11 @@ impl Target for Arc<dyn MessageBroker> {
 
     async fn queue_stats(&self, queue: &Topic) -> Result<QueueStats> {
         queues(self, queue)?.queue_stats(queue).await
+    }
+
+    async fn dequeue(&self, queue: &Topic, wait: Duration) -> Result<Option<Delivery>> {
+        let queues = queues(self, queue)?;
+        queues.dequeue_task(queue, "conformance", wait).await
     }
 
     async fn purge_queue(&self, queue: &Topic) -> Result<u64> {

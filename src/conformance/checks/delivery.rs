@@ -217,6 +217,35 @@ pub(super) async fn every_batch_size_gives_an_outcome_for_each(f: Fixture) -> Re
     reader.stop().await
 }
 
+pub(super) async fn without_a_confirm_the_outcome_is_sent(f: Fixture) -> Result<(), Failure> {
+    let client = f.client().await?;
+    let topic = f.topic(&client).await?;
+    let mut reader = f.reader(&client, &topic, &f.options()).await?;
+    let options = PublishOptions {
+        confirm: false,
+        ..PublishOptions::default()
+    };
+    let receipt = client.publish(&topic, numbered(0), &options).await?;
+    ensure!(
+        matches!(receipt.outcome, Outcome::Sent { .. }),
+        "expected the outcome Sent without a confirm, seen {receipt:?}"
+    );
+    // Nothing is promised, but on a healthy backend it arrives.
+    super::settling::expect_exactly(&mut reader, &[receipt.id]).await?;
+    reader.stop().await
+}
+
+pub(super) async fn declaring_twice_changes_nothing(f: Fixture) -> Result<(), Failure> {
+    let client = f.client().await?;
+    let wanted = crate::conformance::Wanted::new(f.kind());
+    let topic = f.topic_with(&client, &wanted).await?;
+    let ids = f.publish_numbered(&client, &topic, 3).await?;
+    client.declare(&topic, &wanted).await?;
+    let mut reader = f.reader(&client, &topic, &f.options()).await?;
+    super::settling::expect_exactly(&mut reader, &ids).await?;
+    reader.stop().await
+}
+
 pub(super) async fn an_empty_batch_gives_no_outcomes(f: Fixture) -> Result<(), Failure> {
     let client = f.client().await?;
     let topic = f.topic(&client).await?;

@@ -12,7 +12,9 @@ use tokio::{
 };
 
 use crate::{
-    broker::{Handler, HandlerError, Received, RetryMode, SubscribeOptions, Verdict},
+    broker::{
+        Handler, HandlerError, Received, RetryMode, SubscribeOptions, Verdict, options::Filter,
+    },
     conformance::{Failure, Fixture, Reader, failure::ensure, fixture::numbered},
     message::{Message, MessageId, wire::Failure as Noted},
 };
@@ -227,6 +229,111 @@ pub(super) async fn unsubscribing_lets_handlers_finish(f: Fixture) -> Result<(),
     let mut reader = f.reader(&client, &topic, &options).await?;
     reader.expect_quiet().await?;
     reader.stop().await
+}
+
+pub(super) async fn what_a_filter_keeps_away_is_settled(f: Fixture) -> Result<(), Failure> {
+    let client = f.client().await?;
+    let topic = f.topic(&client).await?;
+    let options = f.options();
+    let filtered = SubscribeOptions {
+        filter: Some(Filter::new(|received| {
+            let number = received.headers.get("number");
+            number.is_some_and(|n| n.ends_with('5'))
+        })),
+        ..options.clone()
+    };
+    let calls = Calls::new();
+    let handler = calls.handler(|_, _| Ok(()));
+    let subscription = f.handler(&client, &topic, filtered, handler).await?;
+    let ids = f.publish_numbered(&client, &topic, 50).await?;
+    calls.handled(5, Reader::PATIENCE).await?;
+    // Whether the last ones, which it keeps away, were looked at cannot be
+    // seen: a sentinel behind them can.
+    let sentinel = numbered(55).with_key("sentinel");
+    f.publish(&client, &topic, vec![sentinel]).await?;
+    calls.handled(6, Reader::PATIENCE).await?;
+    for (number, id) in ids.iter().enumerate() {
+        let expected = usize::from(number % 10 == 5);
+        let seen = calls.of(id).len();
+        ensure!(
+            seen == expected,
+            "expected {expected} calls of message {number}, seen {seen}"
+        );
+    }
+    subscription.unsubscribe().await;
+    let mut reader = f.reader(&client, &topic, &options).await?;
+    reader.expect_quiet().await?;
+    reader.stop().await
+}
+
+pub(super) async fn a_handler_over_its_time_is_a_failed_delivery(
+    f: Fixture,
+) -> Result<(), Failure> {
+    let client = f.client().await?;
+    let topic = f.topic(&client).await?;
+    let attempts = Arc::new(watch::channel(0_usize).0);
+    let handler = {
+        let attempts = attempts.clone();
+        move |_: Received| {
+            let attempts = attempts.clone();
+            async move {
+                let first = *attempts.borrow() == 0;
+                attempts.send_modify(|n| *n += 1);
+                if first {
+                    std::future::pending::<()>().await;
+                }
+                Ok::<(), HandlerError>(())
+            }
+        }
+    };
+    let options = SubscribeOptions {
+        handler_timeout: Some(Duration::from_millis(100)),
+        ..retrying(&f)
+    };
+    let subscription = f
+        .handler(&client, &topic, options, Arc::new(handler))
+        .await?;
+    f.publish_numbered(&client, &topic, 1).await?;
+    let mut seen = attempts.subscribe();
+    let again = tokio::time::timeout(patience(&f, 1), seen.wait_for(|n| *n == 2));
+    let again = again.await.is_ok();
+    ensure!(
+        again,
+        "expected a second call after the first ran out of time, seen {} calls",
+        *attempts.borrow()
+    );
+    subscription.unsubscribe().await;
+    Ok(())
+}
+
+pub(super) async fn with_auto_ack_a_failure_is_not_repeated(f: Fixture) -> Result<(), Failure> {
+    let client = f.client().await?;
+    let topic = f.topic(&client).await?;
+    let calls = Calls::new();
+    let handler = calls.handler(|received, _| {
+        if received.headers.get("number").map(String::as_str) == Some("0") {
+            return Err(HandlerError::retry("on purpose"));
+        }
+        Ok(())
+    });
+    let options = f.options();
+    let at_most_once = SubscribeOptions {
+        auto_ack: true,
+        ..options.clone()
+    };
+    let subscription = f.handler(&client, &topic, at_most_once, handler).await?;
+    let ids = f.publish_numbered(&client, &topic, 3).await?;
+    calls.handled(2, Reader::PATIENCE).await?;
+    subscription.unsubscribe().await;
+    let mut reader = f.reader(&client, &topic, &options).await?;
+    reader.expect_quiet().await?;
+    reader.stop().await?;
+    let seen = calls.of(&ids[0]).len();
+    ensure!(
+        seen == 1,
+        "expected one call of the failing message, seen {seen}"
+    );
+    Ok(())
 }
 
 pub(super) async fn a_retry_comes_not_before_its_delay(f: Fixture) -> Result<(), Failure> {

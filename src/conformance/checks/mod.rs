@@ -74,6 +74,8 @@ checks! {
     BOTH delivery::topics_do_not_leak_into_each_other [];
     BOTH delivery::what_closed_publishers_left_arrives [OutlivesClient];
     BOTH delivery::every_batch_size_gives_an_outcome_for_each [];
+    BOTH delivery::without_a_confirm_the_outcome_is_sent [Unconfirmed];
+    BOTH delivery::declaring_twice_changes_nothing [];
     BOTH delivery::an_empty_batch_gives_no_outcomes [];
     BOTH delivery::late_subscribers_get_what_was_published_before [];
     BOTH delivery::ten_runs_at_once_do_not_disturb_each_other [];
@@ -131,6 +133,10 @@ checks! {
     QUEUE queues::a_scheduled_task_waits_for_its_time [Delay];
     QUEUE queues::queue_stats_count [QueueStats];
     QUEUE queues::a_purge_deletes_what_is_ready [Purge];
+    QUEUE queues::a_queue_with_a_time_limit_expires_its_messages [QueueTtl];
+    QUEUE queues::single_messages_can_be_taken [Dequeue];
+    QUEUE queues::administration_of_an_unknown_queue_says_so [QueueStats, Purge];
+    QUEUE queues::a_queue_declared_differently_is_refused [DeclareConflict];
     STREAM streams::each_group_gets_everything [Groups];
     STREAM streams::members_of_a_group_share_the_work [Groups];
     STREAM streams::a_groupless_reader_gets_everything_and_moves_no_group [GrouplessReaders, HistoryReplay];
@@ -147,8 +153,12 @@ checks! {
     BOTH handlers::a_panic_is_a_failed_delivery [Retry];
     BOTH handlers::keyed_messages_survive_periodic_errors [Retry];
     BOTH handlers::unsubscribing_lets_handlers_finish [];
+    BOTH handlers::what_a_filter_keeps_away_is_settled [HandlerOptions];
+    BOTH handlers::a_handler_over_its_time_is_a_failed_delivery [HandlerOptions, Retry];
+    BOTH handlers::with_auto_ack_a_failure_is_not_repeated [HandlerOptions];
     QUEUE handlers::a_retry_comes_not_before_its_delay [Retry];
     BOTH restarts::what_was_confirmed_survives_a_kill [Persistent] restarts;
+    BOTH restarts::while_the_server_is_away_no_delivery_is_claimed [Persistent] restarts;
     BOTH restarts::a_reader_goes_on_after_a_kill [Persistent] restarts;
     BOTH restarts::publishers_and_readers_go_on_after_two_kills [Persistent] restarts;
 }

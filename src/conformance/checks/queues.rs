@@ -6,11 +6,12 @@ use tokio::time::{Instant, sleep_until};
 
 use super::settling::expect_exactly;
 use crate::{
-    broker::QueueStats,
+    broker::{Delivery, QueueStats},
     conformance::{
         Failure, Fixture, Kind, Reader, Target, Wanted, failure::ensure, fixture::numbered,
         reader::ack_all,
     },
+    error::ErrorCode,
     message::{Priority, TaskAttributes, Timestamp},
     topic::Topic,
 };
@@ -182,6 +183,114 @@ pub(super) async fn a_purge_deletes_what_is_ready(f: Fixture) -> Result<(), Fail
     expect_exactly(&mut reader, &given_back).await?;
     reader.expect_quiet().await?;
     reader.stop().await
+}
+
+pub(super) async fn a_queue_with_a_time_limit_expires_its_messages(
+    f: Fixture,
+) -> Result<(), Failure> {
+    const TTL: Duration = Duration::from_millis(300);
+    let client = f.client().await?;
+    let wanted = Wanted {
+        message_ttl_ms: Some(300),
+        ..Wanted::new(Kind::Queue)
+    };
+    let topic = f.topic_with(&client, &wanted).await?;
+    f.publish_numbered(&client, &topic, 3).await?;
+    sleep_until(Instant::now() + TTL * 2).await;
+    let mut reader = f.reader(&client, &topic, &f.options()).await?;
+    reader.expect_quiet().await?;
+    // It expires messages, not readers.
+    let ids = f.publish_numbered(&client, &topic, 1).await?;
+    expect_exactly(&mut reader, &ids).await?;
+    reader.stop().await
+}
+
+pub(super) async fn single_messages_can_be_taken(f: Fixture) -> Result<(), Failure> {
+    const WAIT: Duration = Duration::from_millis(200);
+    let client = f.client().await?;
+    let topic = f.topic(&client).await?;
+    let none = client.dequeue(&topic, WAIT).await?;
+    ensure!(
+        none.is_none(),
+        "expected nothing from an empty queue, seen {none:?}"
+    );
+    let ids = f.publish_numbered(&client, &topic, 2).await?;
+    // Dropped unsettled, it is given back.
+    drop(taken(&*client, &topic).await?);
+    let mut seen = Vec::new();
+    for _ in &ids {
+        let delivery = taken(&*client, &topic).await?;
+        seen.push(delivery.message.id.clone());
+        delivery.ack().await?;
+    }
+    ensure!(
+        seen.len() == ids.len() && ids.iter().all(|id| seen.contains(id)),
+        "expected messages {ids:?}, seen {seen:?}"
+    );
+    let none = client.dequeue(&topic, WAIT).await?;
+    ensure!(
+        none.is_none(),
+        "expected nothing after the acks, seen {none:?}"
+    );
+    match client.dequeue(&f.name()?, WAIT).await {
+        Err(e) if e.code() == ErrorCode::QueueNotFound => Ok(()),
+        seen => Err(Failure::new(format!(
+            "expected QUEUE_NOT_FOUND for an unknown queue, seen {seen:?}"
+        ))),
+    }
+}
+
+pub(super) async fn administration_of_an_unknown_queue_says_so(f: Fixture) -> Result<(), Failure> {
+    let client = f.client().await?;
+    let unknown = f.name()?;
+    let stats = client.queue_stats(&unknown).await.map(|_| ());
+    let purge = client.purge_queue(&unknown).await.map(|_| ());
+    for (what, result) in [("queue_stats", stats), ("purge_queue", purge)] {
+        match result {
+            Err(e) if e.code() == ErrorCode::QueueNotFound => {}
+            seen => {
+                return Err(Failure::new(format!(
+                    "{what}: expected QUEUE_NOT_FOUND, seen {seen:?}"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn a_queue_declared_differently_is_refused(f: Fixture) -> Result<(), Failure> {
+    let client = f.client().await?;
+    let topic = f.topic(&client).await?;
+    client.declare(&topic, &Wanted::new(Kind::Queue)).await?;
+    let other = Wanted {
+        max_priority: Some(Priority::MAX),
+        ..Wanted::new(Kind::Queue)
+    };
+    match client.declare(&topic, &other).await {
+        Err(e) if e.code() == ErrorCode::QueueDeclareFailed => {}
+        seen => {
+            return Err(Failure::new(format!(
+                "expected QUEUE_DECLARE_FAILED, seen {seen:?}"
+            )));
+        }
+    }
+    // The queue and the client are none the worse for it.
+    let ids = f.publish_numbered(&client, &topic, 1).await?;
+    let mut reader = f.reader(&client, &topic, &f.options()).await?;
+    expect_exactly(&mut reader, &ids).await?;
+    reader.stop().await
+}
+
+/// Takes a message that must be there; one that was just given back may need a
+/// moment.
+async fn taken(client: &dyn Target, queue: &Topic) -> Result<Delivery, Failure> {
+    let taken = client.dequeue(queue, Reader::PATIENCE).await?;
+    taken.ok_or_else(|| {
+        Failure::new(format!(
+            "expected a message within {:?}, none came",
+            Reader::PATIENCE
+        ))
+    })
 }
 
 /// A queue with priorities.

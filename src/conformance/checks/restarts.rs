@@ -17,9 +17,9 @@ use tokio::{
 
 use super::delivery::GROUP;
 use crate::{
-    broker::{PublishOptions, Verdict},
+    broker::{Outcome, PublishOptions, Verdict},
     conformance::{
-        Failure, Fixture, Restart, Target,
+        Failure, Fixture, Reader, Restart, Target,
         failure::ensure,
         fixture::numbered,
         log::{Demand, Log},
@@ -178,6 +178,80 @@ pub(super) async fn a_reader_goes_on_after_a_kill(f: Fixture) -> Result<(), Fail
     reader.stop().await
 }
 
+pub(super) async fn while_the_server_is_away_no_delivery_is_claimed(
+    f: Fixture,
+) -> Result<(), Failure> {
+    const ATTEMPTS: usize = 5;
+    let client = f.client().await?;
+    let topic = f.topic(&client).await?;
+    f.publish_numbered(&client, &topic, 1).await?;
+    let log = Log::default();
+    log.expect(&topic, &[GROUP]);
+    let options = PublishOptions {
+        timeout: SHORT_TIMEOUT,
+        ..PublishOptions::default()
+    };
+    let server = f.restart()?;
+    server.kill().await.map_err(Failure::new)?;
+    let mut outcomes = Vec::new();
+    for n in 0..ATTEMPTS {
+        let message = numbered(n);
+        let begun = Instant::now();
+        let result = client.publish(&topic, message.clone(), &options).await;
+        log.published("publisher", n as u64, &topic, &message, &result);
+        ensure!(
+            begun.elapsed() < SHORT_TIMEOUT + TIMEOUT_SLACK,
+            "expected an outcome within {SHORT_TIMEOUT:?}, it took {:?}",
+            begun.elapsed()
+        );
+        outcomes.push(result);
+    }
+    // Subscribing works while the server is away.
+    let source = f.source(&topic);
+    let consumer = client.consume(&source, &f.options()).await;
+    server.start().await.map_err(Failure::new)?;
+    for outcome in &outcomes {
+        let claimed =
+            matches!(outcome, Ok(receipt) if matches!(receipt.outcome, Outcome::Delivered { .. }));
+        ensure!(
+            !claimed,
+            "expected no delivery to be claimed while the server was away, seen {outcome:?}"
+        );
+        let refused = matches!(outcome, Err(error) if error.is_refusal());
+        ensure!(
+            !refused,
+            "expected an outage not to be told as a refusal, seen {outcome:?}"
+        );
+    }
+    let consumer =
+        consumer.map_err(|e| Failure::from(e).during("subscribing while the server is away"))?;
+    let mut reader = Reader::new(consumer);
+    let first = timeout(OUTAGE, reader.next_without_deadline()).await;
+    let Ok(Some(first)) = first else {
+        return Err(Failure::new(
+            "expected the reader to be served once the server was back, it was not",
+        ));
+    };
+    // The message from before the kill, or one that was spooled meanwhile.
+    first.settle_now(Verdict::Ack);
+    let message = numbered(ATTEMPTS);
+    let id = message.id.clone();
+    until_accepted(&client, &topic, &log, "publisher", ATTEMPTS as u64, message).await;
+    loop {
+        let next = timeout(OUTAGE, reader.next_without_deadline()).await;
+        let Ok(Some(delivery)) = next else {
+            return Err(Failure::new(
+                "expected what was published after the kill to arrive, it did not",
+            ));
+        };
+        let found = delivery.message.id == id;
+        delivery.settle_now(Verdict::Ack);
+        if found {
+            return reader.stop().await;
+        }
+    }
+}
+
 /// Publishes until it is accepted, under the same id; notes every attempt.
 async fn until_accepted(
     client: &Arc<dyn Target>,
@@ -239,6 +313,12 @@ impl Progress {
 /// How long nothing may arrive around a kill: the server's start, leader
 /// election, the group's session time-out.
 const OUTAGE: Duration = Duration::from_secs(90);
+
+/// What a publish is given while the server is away.
+const SHORT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What a timeout may be overrun by on a busy machine.
+const TIMEOUT_SLACK: Duration = Duration::from_secs(2);
 
 /// Pause before a failed publish is repeated, as a patient caller would.
 const RETRY: Duration = Duration::from_millis(50);
