@@ -35,4 +35,5 @@ pub use broker::{
 };
 pub use error::{Assume, Error, ErrorCode, Result};
 pub use message::{Event, Message, MessageId, Priority, Task, Timestamp};
+pub use system::MessagingSystem;
 pub use topic::{Pattern, Topic};

@@ -75,19 +75,22 @@ install_tree() { # SERIES RELEASE
 }
 
 install_rabbitmq_310() {
-    local offered
-    if [[ $(rabbitmq_root 3.10) != / && ! -e $infra/rabbitmq-3.10/.complete ]]; then
-        offered=$(apt-cache madison rabbitmq-server 2>/dev/null | awk 'NR == 1 { print $3 }') || true
-        if [[ $offered == 3.10.* || ( -z $offered && -f /etc/debian_version && $(cat /etc/debian_version) == 12* ) ]]; then
-            apt_install rabbitmq-server
-        fi
+    local offered mapper_ran=0
+    is_installed rabbitmq-3.10 && return 0
+    offered=$(apt-cache madison rabbitmq-server 2>/dev/null | awk 'NR == 1 { print $3 }') || true
+    # Another version here would be of no use, and its service a nuisance.
+    if [[ $offered == 3.10.* || (-z $offered && $(cat /etc/debian_version 2>/dev/null) == 12*) ]]; then
+        port_mapper_runs && mapper_ran=1
+        apt_install rabbitmq-server
+        # The service was not started; it must not start at the next boot
+        # either, and setting it up leaves its port mapper behind.
+        [[ ! -d /run/systemd/system ]] || as_root systemctl disable --now rabbitmq-server >/dev/null 2>&1 || true
+        ((mapper_ran)) || ! port_mapper_runs || as_root epmd -kill >/dev/null 2>&1 || true
     fi
-    if [[ $(rabbitmq_root 3.10) == / ]]; then
-        # Belt and braces beside policy-rc.d: an enabled unit would start at the next boot.
-        return 0
-    fi
-    install_tree 3.10 "$RABBITMQ_RELEASE_3_10"
+    [[ $(rabbitmq_root 3.10) == / ]] || install_tree 3.10 "$RABBITMQ_RELEASE_3_10"
 }
+
+port_mapper_runs() { (exec 3<>/dev/tcp/127.0.0.1/4369) 2>/dev/null; }
 
 install_rabbitmq_4() { install_tree 4 "$RABBITMQ_RELEASE_4"; }
 
@@ -130,7 +133,7 @@ install_kind() {
     (
         # One installer at a time; what waits finds the work done.
         flock 9
-        apt_install perl-base util-linux procps
+        apt_install perl-base util-linux openssl
         case $1 in
             rabbitmq-3.10) install_rabbitmq_310 ;;
             rabbitmq-4) install_rabbitmq_4 ;;

@@ -15,6 +15,7 @@ use crate::{
     message::{Event, Message, Task, wire::Failure},
     metrics::{BrokerMetrics, MetricsRecorder},
     topic::{Pattern, Topic},
+    topology::TopologyReport,
 };
 
 /// A backend that messages can be published to and consumed from.
@@ -68,6 +69,11 @@ pub trait MessageBroker: Send + Sync + 'static {
     /// A snapshot of the counters.
     fn metrics(&self) -> BrokerMetrics {
         self.recorder().snapshot()
+    }
+
+    /// Messages in flight that a lane of this broker does well with.
+    fn window(&self) -> usize {
+        1000
     }
 
     /// How many lanes keep the order of a topic apart (Kafka: its partitions).
@@ -159,6 +165,16 @@ pub trait MessageBroker: Send + Sync + 'static {
     /// This broker's streams, if it has any.
     fn event_stream(&self) -> Option<&dyn EventStreamBroker> {
         None
+    }
+
+    /// Compares the wanted topology with what is there; `apply` makes what is
+    /// missing. Nothing that differs is changed.
+    ///
+    /// # Errors
+    /// Why the broker could not be asked.
+    async fn topology(&self, apply: bool) -> Result<TopologyReport> {
+        let _ = apply;
+        Ok(TopologyReport::default())
     }
 
     /// Makes `topic` usable with safe settings when it is missing (the hub's

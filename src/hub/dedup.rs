@@ -213,6 +213,12 @@ impl<T> DedupWindow<T> {
         self.settled.remove(&id);
     }
 
+    /// Forgets every id that was handled.
+    pub(crate) fn forget_all(&mut self) {
+        self.settled.clear();
+        self.order.clear();
+    }
+
     /// Drops parked deliveries that `keep` does not want: those of a generation
     /// that has ended, which come again by themselves.
     pub(crate) fn retain_parked(&mut self, mut keep: impl FnMut(&T) -> bool) {

@@ -1,1 +1,361 @@
-//! hub.
+//! The hub: one API over all brokers. It routes topics, keeps a lane to each,
+//! spools what a primary cannot take, moves it back, and hands each message to
+//! each group once.
+//!
+//! What is hard is pure and stands in [`lane::machine`], [`spool`], [`dedup`],
+//! [`intake`] and [`route`]; the rest is a thin shell of tasks. The hub knows
+//! brokers only through [`crate::broker`].
+
+mod accepted;
+mod admin;
+mod batch;
+mod close;
+mod consume;
+mod dead;
+mod dedup;
+mod group;
+mod intake;
+mod lane;
+mod metrics;
+mod publish;
+mod publisher;
+pub mod route;
+mod span;
+mod spool;
+pub mod state;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use tokio::{
+    sync::{broadcast, watch},
+    task::JoinHandle,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{
+    accepted::Accepted,
+    dead::DeadLetters,
+    group::Group,
+    lane::task::{LaneHandle, Readers},
+    publish::{LaneKey, TopicEntry},
+    route::{DuringOutage, Route, RouteKind, RouteTable},
+    spool::Budget,
+    state::{StateChange, Weakness},
+};
+use crate::{
+    broker::{BrokerType, ConsumerControl, MessageBroker},
+    error::{Error, ErrorCode, Result},
+    metrics::MetricsRecorder,
+    topic::{Pattern, Topic},
+    topology::Topology,
+};
+
+pub use crate::config::HubSettings as HubConfig;
+pub use close::CloseReport;
+pub use metrics::HubMetrics;
+pub use publisher::{Pending, Publisher};
+
+/// One API over all brokers. Clones are the same hub.
+#[derive(Clone)]
+pub struct MessagingHub(Arc<Inner>);
+
+struct Inner {
+    config: HubConfig,
+    topology: Arc<Topology>,
+    max_message_bytes: usize,
+    brokers: Mutex<Brokers>,
+    routes: Mutex<Arc<RouteTable>>,
+    topics: Mutex<HashMap<String, Arc<TopicEntry>>>,
+    lanes: Mutex<HashMap<LaneKey, Arc<LaneHandle>>>,
+    budget: Arc<Budget>,
+    dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
+    accepted: Arc<Accepted>,
+    groups: Mutex<HashMap<String, Arc<Group>>>,
+    readers: Arc<watch::Sender<Readers>>,
+    changes: broadcast::Sender<StateChange>,
+    recorder: Arc<MetricsRecorder>,
+    drain_rates: Mutex<metrics::DrainRates>,
+    subscriptions: Mutex<Vec<Running>>,
+    weakened: Mutex<Vec<Weakness>>,
+    tasks: TaskTracker,
+    closing: CancellationToken,
+    closed: AtomicBool,
+    next: AtomicU64,
+    fallback_usages: Arc<AtomicU64>,
+}
+
+/// The brokers that were plugged in.
+#[derive(Clone, Default)]
+struct Brokers {
+    task: Option<Arc<dyn MessageBroker>>,
+    event: Option<Arc<dyn MessageBroker>>,
+    fallback: Option<Arc<dyn MessageBroker>>,
+}
+
+/// What is needed to end a subscription.
+#[derive(Clone)]
+struct Running {
+    pattern: Pattern,
+    control: ConsumerControl,
+    give_up: CancellationToken,
+    ended: CancellationToken,
+}
+
+/// State changes that a slow listener may be behind before it misses some.
+const CHANGES_BOUND: usize = 1024;
+
+/// Largest payload when nothing else is said: 10 MiB, what the largest topics
+/// of the default topology take.
+pub const DEFAULT_MAX_MESSAGE_BYTES: usize = 10 * 1024 * 1024;
+
+impl MessagingHub {
+    /// A hub without brokers. Plug them in before publishing.
+    #[must_use]
+    pub fn new(config: HubConfig, topology: Topology) -> Self {
+        Self::with_limits(config, Arc::new(topology), DEFAULT_MAX_MESSAGE_BYTES)
+    }
+
+    /// A hub without brokers, with the largest payload that any entrance takes.
+    #[must_use]
+    pub fn with_limits(
+        config: HubConfig,
+        topology: Arc<Topology>,
+        max_message_bytes: usize,
+    ) -> Self {
+        let size = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let budget = Arc::new(Budget::new(
+            size(config.spool.max_messages),
+            size(config.spool.max_bytes),
+        ));
+        let accepted = Arc::new(Accepted::new(&config.intake_window));
+        Self(Arc::new(Inner {
+            config,
+            topology,
+            max_message_bytes,
+            brokers: Mutex::default(),
+            routes: Mutex::default(),
+            topics: Mutex::default(),
+            lanes: Mutex::default(),
+            budget,
+            dead: Mutex::default(),
+            accepted,
+            groups: Mutex::default(),
+            readers: Arc::new(watch::channel(Readers::default()).0),
+            changes: broadcast::channel(CHANGES_BOUND).0,
+            recorder: Arc::default(),
+            drain_rates: Mutex::default(),
+            subscriptions: Mutex::default(),
+            weakened: Mutex::default(),
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+            closed: AtomicBool::new(false),
+            next: AtomicU64::new(1),
+            fallback_usages: Arc::default(),
+        }))
+    }
+
+    /// Plugs in the broker for tasks.
+    pub fn set_task_queue_broker(&self, broker: Arc<dyn MessageBroker>) {
+        self.plug(|b| b.task = Some(broker));
+    }
+
+    /// Plugs in the broker for events.
+    pub fn set_event_stream_broker(&self, broker: Arc<dyn MessageBroker>) {
+        self.plug(|b| b.event = Some(broker));
+    }
+
+    /// Plugs in the fallback: it serves routes that have no other broker, and
+    /// keeps dead letters of the spool.
+    ///
+    /// # Errors
+    /// `INVALID_CONFIG` for any broker but the embedded one: no other can hold
+    /// a spool.
+    pub fn set_fallback_broker(&self, broker: Arc<dyn MessageBroker>) -> Result<()> {
+        if broker.broker_type() != BrokerType::InMemory {
+            return Err(Error::rejected(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "{} cannot be the fallback: it has no spool; use the embedded broker",
+                    broker.broker_type()
+                ),
+            ));
+        }
+        let (dead, task) = DeadLetters::start(broker.clone());
+        *lock(&self.0.dead) = Some((dead, task));
+        self.plug(|b| b.fallback = Some(broker));
+        Ok(())
+    }
+
+    fn plug(&self, change: impl FnOnce(&mut Brokers)) {
+        let mut brokers = lock(&self.0.brokers);
+        change(&mut brokers);
+        let table = self.table(&brokers);
+        *lock(&self.0.routes) = Arc::new(table);
+        // What was resolved before may belong to another broker now.
+        lock(&self.0.topics).clear();
+    }
+
+    /// The routes as the plugged-in brokers allow them.
+    fn table(&self, brokers: &Brokers) -> RouteTable {
+        let by_kind = |kind| match kind {
+            RouteKind::Task => brokers.task.as_ref().or(brokers.fallback.as_ref()),
+            RouteKind::Event => brokers.event.as_ref().or(brokers.fallback.as_ref()),
+        };
+        let routes = self
+            .0
+            .config
+            .effective_routes()
+            .into_iter()
+            .filter_map(|r| {
+                let primary = match r.primary {
+                    Some(kind) => Some(kind),
+                    None => by_kind(r.kind).map(|b| b.broker_type()),
+                }?;
+                let spool = r.spool
+                    && self.0.config.fallback_enabled
+                    && self.0.config.use_fallback_on_error
+                    && brokers.fallback.is_some()
+                    && primary != BrokerType::InMemory;
+                let during_outage = r.effective_during_outage();
+                Some(Route {
+                    pattern: r.pattern,
+                    kind: r.kind,
+                    primary,
+                    spool,
+                    during_outage,
+                })
+            });
+        RouteTable::new(routes.collect())
+    }
+
+    /// Whether a topic is for tasks or for events: queues and streams of the
+    /// topology are what they are, other names are decided by the routes.
+    #[must_use]
+    pub fn kind_of(&self, topic: &str) -> RouteKind {
+        let name = self.0.topology.canonical(topic);
+        lock(&self.0.routes)
+            .find(name)
+            .map_or(RouteKind::Event, |(_, r)| r.kind)
+    }
+
+    /// Notes which guarantees the configuration weakens, for `/v1/state`.
+    pub fn set_weakened(&self, weakened: Vec<Weakness>) {
+        *lock(&self.0.weakened) = weakened;
+    }
+
+    /// State changes of all lanes, from now on. A listener that falls more than
+    /// 1,024 behind is told how many it missed.
+    #[must_use]
+    pub fn state_changes(&self) -> broadcast::Receiver<StateChange> {
+        self.0.changes.subscribe()
+    }
+
+    /// Whether publishes are accepted.
+    #[must_use]
+    pub fn is_accepting(&self) -> bool {
+        !self.0.closing.is_cancelled()
+            && (!lock(&self.0.routes).all().is_empty())
+            && self.0.brokers_ready()
+    }
+
+    /// Where the hub counts.
+    #[must_use]
+    pub fn recorder(&self) -> &Arc<MetricsRecorder> {
+        &self.0.recorder
+    }
+
+    /// What should exist on the brokers.
+    #[must_use]
+    pub fn wanted_topology(&self) -> &Arc<Topology> {
+        &self.0.topology
+    }
+
+    /// The largest payload that is accepted, in bytes.
+    #[must_use]
+    pub fn max_message_bytes(&self) -> usize {
+        self.0.max_message_bytes
+    }
+
+    fn broker(&self, kind: BrokerType) -> Option<Arc<dyn MessageBroker>> {
+        let brokers = lock(&self.0.brokers);
+        [&brokers.task, &brokers.event, &brokers.fallback]
+            .into_iter()
+            .flatten()
+            .find(|b| b.broker_type() == kind)
+            .cloned()
+    }
+
+    fn all_brokers(&self) -> Vec<Arc<dyn MessageBroker>> {
+        let brokers = lock(&self.0.brokers).clone();
+        let mut all: Vec<Arc<dyn MessageBroker>> = Vec::new();
+        for broker in [brokers.task, brokers.event, brokers.fallback]
+            .into_iter()
+            .flatten()
+        {
+            if !all.iter().any(|b| b.broker_type() == broker.broker_type()) {
+                all.push(broker);
+            }
+        }
+        all
+    }
+
+    fn number(&self) -> u64 {
+        self.0.next.fetch_add(1, Relaxed)
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.0.closing.is_cancelled() {
+            return Err(Error::new(
+                ErrorCode::OperationCanceled,
+                "the hub is shutting down and accepts nothing new",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The topic's full name.
+    fn canonical(&self, topic: &str) -> Result<Topic> {
+        Topic::new(self.0.topology.canonical(topic))
+    }
+}
+
+impl Inner {
+    /// Without a fallback a publish is accepted only while its broker is there.
+    fn brokers_ready(&self) -> bool {
+        let brokers = lock(&self.brokers);
+        let spool = self.config.fallback_enabled
+            && self.config.use_fallback_on_error
+            && brokers.fallback.is_some();
+        spool
+            || [&brokers.task, &brokers.event]
+                .into_iter()
+                .flatten()
+                .any(|b| b.is_connected())
+    }
+}
+
+impl fmt::Debug for MessagingHub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MessagingHub")
+            .field("lanes", &lock(&self.0.lanes).len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Locks a mutex; what it guards is whole even after a panic elsewhere, because
+/// nothing under these locks can panic half-way.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether local handlers may take spooled messages of a route.
+fn is_local(route: &Route) -> bool {
+    route.spool && route.kind == RouteKind::Task && route.during_outage == DuringOutage::Local
+}

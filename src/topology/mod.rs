@@ -1,8 +1,10 @@
 //! What should exist on the brokers, what does, and the difference. This
 //! module decides; the adapters look and declare.
 
+mod defaults;
 mod drift;
 mod spec;
+mod validate;
 
 pub use drift::{Drift, TopologyMode, TopologyReport};
 pub use spec::{AmqpAddress, Binding, ExchangeKind, ExchangeSpec, QueueSpec, TopicSpec, Topology};

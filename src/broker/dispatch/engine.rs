@@ -35,7 +35,7 @@ pub fn dispatch(
 }
 
 /// What [`dispatch`] spawns.
-pub(super) async fn run(consumer: Consumer, handler: Arc<dyn Handler>, settings: DispatchSettings) {
+pub async fn run(consumer: Consumer, handler: Arc<dyn Handler>, settings: DispatchSettings) {
     let _active = Active::new(&settings.recorder);
     Engine {
         mode: consumer.retry,

@@ -21,7 +21,7 @@ mod subscriptions_tests;
 #[cfg(test)]
 mod tests;
 
-pub use engine::dispatch;
+pub use engine::{dispatch, run};
 pub use router::TypeRouter;
 pub use settings::{DispatchSettings, EVENT_RETRY_DELAY, STREAM_CONCURRENCY, TASK_RETRY_DELAY};
 pub use subscriptions::{CLOSE_GRACE, Subscriptions};

@@ -1,0 +1,112 @@
+//! Idempotent intake (C14): a publish that brings its own id is accepted once
+//! within a window; a repeat joins the one in flight or gets its outcome.
+
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::oneshot;
+
+use super::{
+    intake::{Intake, IntakeWindow, Origin, Ticket},
+    lock,
+};
+use crate::{
+    broker::Receipt,
+    config::WindowSettings,
+    error::{Error, ErrorCode, Result},
+    message::{MessageId, Timestamp},
+    topic::Topic,
+};
+
+type Joiner = oneshot::Sender<Result<Receipt>>;
+
+/// The window of accepted ids.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    window: Mutex<IntakeWindow<Receipt, Joiner>>,
+}
+
+/// What to do with a publish.
+pub(super) enum Offer {
+    /// Publish it; the outcome is told to `Seen`, where there is one.
+    Fresh(Option<Seen>),
+    /// It is on its way already.
+    Joined(oneshot::Receiver<Result<Receipt>>),
+    /// It was accepted before.
+    Done(Receipt),
+}
+
+/// The duty to tell what became of an accepted id. Dropped untold, the id
+/// leaves the window and whoever joined gets an error.
+pub(crate) struct Seen {
+    accepted: Arc<Accepted>,
+    ticket: Option<Ticket>,
+}
+
+impl Accepted {
+    pub(super) fn new(settings: &WindowSettings) -> Self {
+        let ids = usize::try_from(settings.ids).unwrap_or(usize::MAX);
+        Self {
+            window: Mutex::new(IntakeWindow::new(ids, settings.age)),
+        }
+    }
+
+    /// Asks what to do with a publish.
+    ///
+    /// # Errors
+    /// `TIMEOUT` when too many wait for the same id already.
+    pub(super) fn offer(self: &Arc<Self>, topic: &Topic, id: &MessageId) -> Result<Offer> {
+        let mut window = lock(&self.window);
+        Ok(
+            match window.offer(Timestamp::now(), topic, id, Origin::Caller) {
+                Intake::Bypass => Offer::Fresh(None),
+                Intake::Done(receipt) => Offer::Done(receipt),
+                Intake::Fresh(ticket) => Offer::Fresh(Some(Seen {
+                    accepted: self.clone(),
+                    ticket: Some(ticket),
+                })),
+                Intake::InFlight(joining) => {
+                    let (tx, rx) = oneshot::channel();
+                    // The lock is held since the offer, so only the bound on
+                    // joiners can refuse.
+                    if window.join(&joining, tx).is_err() {
+                        return Err(Error::new(
+                            ErrorCode::Timeout,
+                            "too many repeats wait for this id already; wait for their answer",
+                        )
+                        .on(topic.as_str())
+                        .with_id(id.as_str()));
+                    }
+                    Offer::Joined(rx)
+                }
+            },
+        )
+    }
+
+    /// Publishes of an id that had been accepted already.
+    pub(super) fn joined(&self) -> u64 {
+        lock(&self.window).counts().repeats
+    }
+}
+
+impl Seen {
+    /// Tells the window, and whoever joined, what became of the publish.
+    pub(crate) fn settle(mut self, result: &Result<Receipt>) {
+        if let Some(ticket) = self.ticket.take() {
+            let outcome = result.as_ref().ok().cloned();
+            let joined = lock(&self.accepted.window).finish(Timestamp::now(), ticket, outcome);
+            for joiner in joined {
+                // Whoever dropped the future abandoned the answer.
+                let _ = joiner.send(result.clone());
+            }
+        }
+    }
+}
+
+impl Drop for Seen {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            // Dropping the joiners tells them that there is no answer.
+            drop(lock(&self.accepted.window).finish(Timestamp::now(), ticket, None));
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Asking and changing the brokers through the hub.
+
+use std::collections::BTreeMap;
+
+use super::{
+    MessagingHub, lock,
+    route::RouteKind,
+    state::{BrokerState, DrainState, HubState, LaneState, RouteState, SpoolState},
+};
+use crate::{
+    broker::{BrokerType, QueueOptions, QueueStats, SeekTo, TopicMetadata, TopicOptions},
+    error::{Error, ErrorCode, Result},
+    message::Timestamp,
+    topology::TopologyReport,
+};
+
+impl MessagingHub {
+    /// Declares a queue on its primary.
+    ///
+    /// # Errors
+    /// `QUEUE_DECLARE_FAILED` that names what differs.
+    pub async fn declare_queue(&self, queue: &str, options: &QueueOptions) -> Result<()> {
+        let queue = self.canonical(queue)?;
+        let entry = self.entry(&queue)?;
+        match entry.broker.task_queue() {
+            Some(broker) => broker.declare_queue(&queue, options).await,
+            None => Err(unsupported(entry.broker.broker_type(), "queues").on(queue.as_str())),
+        }
+    }
+
+    /// The state of a queue.
+    ///
+    /// # Errors
+    /// `QUEUE_NOT_FOUND`.
+    pub async fn queue_stats(&self, queue: &str) -> Result<QueueStats> {
+        let queue = self.canonical(queue)?;
+        let entry = self.entry(&queue)?;
+        match entry.broker.task_queue() {
+            Some(broker) => broker.queue_stats(&queue).await,
+            None => Err(unsupported(entry.broker.broker_type(), "queues").on(queue.as_str())),
+        }
+    }
+
+    /// Makes a topic on its primary.
+    ///
+    /// # Errors
+    /// `TOPIC_CREATE_FAILED`.
+    pub async fn create_topic(&self, topic: &str, options: &TopicOptions) -> Result<()> {
+        let topic = self.canonical(topic)?;
+        let entry = self.entry(&topic)?;
+        match entry.broker.event_stream() {
+            Some(broker) => broker.create_topic(&topic, options).await,
+            None => Err(unsupported(entry.broker.broker_type(), "streams").on(topic.as_str())),
+        }
+    }
+
+    /// The state of a topic.
+    ///
+    /// # Errors
+    /// `TOPIC_NOT_FOUND`.
+    pub async fn topic_metadata(&self, topic: &str) -> Result<TopicMetadata> {
+        let topic = self.canonical(topic)?;
+        let entry = self.entry(&topic)?;
+        match entry.broker.event_stream() {
+            Some(broker) => broker.topic_metadata(&topic).await,
+            None => Err(unsupported(entry.broker.broker_type(), "streams").on(topic.as_str())),
+        }
+    }
+
+    /// Commits a group's positions: for each topic and partition the offset of
+    /// the next message that it has not handled.
+    ///
+    /// # Errors
+    /// The first broker's error; positions before it are committed.
+    pub async fn commit_positions(
+        &self,
+        group: &str,
+        positions: &BTreeMap<(String, i32), i64>,
+    ) -> Result<()> {
+        for ((topic, partition), next) in positions {
+            let topic = self.canonical(topic)?;
+            let entry = self.entry(&topic)?;
+            match entry.broker.event_stream() {
+                Some(broker) => {
+                    broker
+                        .commit_offset(group, &topic, *partition, *next)
+                        .await?;
+                }
+                None => {
+                    return Err(
+                        unsupported(entry.broker.broker_type(), "streams").on(topic.as_str())
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a group's position. What the group handled before may be handled
+    /// again: that is what moving back is for.
+    ///
+    /// # Errors
+    /// Why the broker refused.
+    pub async fn seek(
+        &self,
+        group: &str,
+        topic: &str,
+        partition: Option<i32>,
+        to: SeekTo,
+    ) -> Result<()> {
+        let topic = self.canonical(topic)?;
+        let entry = self.entry(&topic)?;
+        match entry.broker.event_stream() {
+            Some(broker) => {
+                let known = lock(&self.0.groups).get(&format!("group:{group}")).cloned();
+                if let Some(group) = known {
+                    group.forget();
+                }
+                broker.seek(group, &topic, partition, to).await
+            }
+            None => Err(unsupported(entry.broker.broker_type(), "streams").on(topic.as_str())),
+        }
+    }
+
+    /// Asks every broker whether it works.
+    pub async fn health_check(&self) -> BTreeMap<BrokerType, Result<(), String>> {
+        let mut health = BTreeMap::new();
+        for broker in self.all_brokers() {
+            let answer = broker.health_check().await.map_err(|e| e.to_string());
+            health.insert(broker.broker_type(), answer);
+        }
+        health
+    }
+
+    /// Whether every broker is connected.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.all_brokers().iter().all(|b| b.is_connected())
+    }
+
+    /// Looks at, or makes, the topology on every broker.
+    ///
+    /// # Errors
+    /// Why a broker could not be asked.
+    pub async fn topology(&self, apply: bool) -> Result<TopologyReport> {
+        let mut report = TopologyReport::default();
+        for broker in self.all_brokers() {
+            report.merge(broker.topology(apply).await?);
+        }
+        Ok(report)
+    }
+
+    /// What operators see, in the shape of `/v1/state`.
+    #[must_use]
+    pub fn state(&self) -> HubState {
+        let table = lock(&self.0.routes).clone();
+        let connected: BTreeMap<BrokerType, bool> = self
+            .all_brokers()
+            .iter()
+            .map(|b| (b.broker_type(), b.is_connected()))
+            .collect();
+        let mut routes: Vec<RouteState> = table
+            .all()
+            .iter()
+            .map(|r| RouteState {
+                pattern: r.pattern.to_string(),
+                kind: r.kind,
+                primary: r.primary,
+                state: LaneState::Primary,
+                spool: SpoolState::default(),
+                drain: DrainState::default(),
+            })
+            .collect();
+        let now = Timestamp::now();
+        let mut has_lane = vec![false; routes.len()];
+        for (key, handle) in &*lock(&self.0.lanes) {
+            let Some((at, _)) = table.find(&key.topic) else {
+                continue;
+            };
+            let (Some(route), Some(seen)) = (routes.get_mut(at), has_lane.get_mut(at)) else {
+                continue;
+            };
+            *seen = true;
+            handle.status.add_to(route, now);
+        }
+        for (route, has_lane) in routes.iter_mut().zip(has_lane) {
+            // A route that nothing was published to yet is as its broker is.
+            let up = connected.get(&route.primary).copied().unwrap_or(false);
+            if !has_lane && !up {
+                route.state = LaneState::Degraded;
+            }
+            route.drain = lock(&self.0.drain_rates).of(
+                &route.pattern,
+                route.drain.remaining,
+                route.spool.messages,
+            );
+        }
+        HubState {
+            version: env!("CARGO_PKG_VERSION"),
+            routes,
+            brokers: self
+                .all_brokers()
+                .iter()
+                .map(|b| {
+                    let state = b.connection().borrow().clone();
+                    BrokerState {
+                        kind: b.broker_type(),
+                        connected: state.connected,
+                        reason: state.reason.map(|r| r.to_string()),
+                        endpoints: b.endpoints(),
+                        server_version: b.server_version(),
+                    }
+                })
+                .collect(),
+            weakened: lock(&self.0.weakened).clone(),
+        }
+    }
+
+    /// The depth of every queue of the topology whose broker can say.
+    pub async fn queue_depths(&self) -> BTreeMap<String, u64> {
+        let mut depths = BTreeMap::new();
+        for queue in &self.0.topology.queues {
+            let tasks = self.kind_of(&queue.name) == RouteKind::Task;
+            if tasks && let Ok(stats) = self.queue_stats(&queue.name).await {
+                depths.insert(queue.name.clone(), stats.messages_ready);
+            }
+        }
+        depths
+    }
+}
+
+fn unsupported(broker: BrokerType, what: &str) -> Error {
+    Error::rejected(
+        ErrorCode::InvalidConfig,
+        format!("{broker} has no {what}; route the topic to a broker that has"),
+    )
+    .at(broker)
+}

@@ -1,0 +1,89 @@
+//! Leaving well (C11): intake stops, what is in hand is finished or given
+//! back, lanes flush, and what stays behind is counted.
+
+use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+
+use serde::Serialize;
+
+use super::{MessagingHub, lock};
+
+/// What a close left behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CloseReport {
+    /// Accepted messages that were in a memory spool and are gone with it.
+    pub left_in_memory_spool: u64,
+    /// Subscriptions whose handlers outlived the grace period; their messages
+    /// were given back.
+    pub handlers_given_up: u64,
+}
+
+/// Share of the grace period that handlers get; the rest is for lanes and
+/// brokers.
+const HANDLERS_SHARE: f64 = 0.6;
+
+impl MessagingHub {
+    /// Stops intake, finishes or hands back work, flushes and closes every
+    /// broker, within `grace`. A second call does nothing.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves the hub closing; call again to wait.
+    pub async fn close(&self, grace: Duration) -> CloseReport {
+        if self.0.closed.swap(true, Relaxed) {
+            return CloseReport::default();
+        }
+        let start = tokio::time::Instant::now();
+        let mut report = CloseReport::default();
+        let running = std::mem::take(&mut *lock(&self.0.subscriptions));
+        for one in &running {
+            one.control.begin_stop();
+        }
+        let patience = start + grace.mul_f64(HANDLERS_SHARE);
+        for one in &running {
+            if tokio::time::timeout_at(patience, one.ended.cancelled())
+                .await
+                .is_err()
+            {
+                one.give_up.cancel();
+                one.ended.cancelled().await;
+                report.handlers_given_up += 1;
+            }
+        }
+        // Handlers may publish until they have ended; from here nobody may.
+        self.0.closing.cancel();
+        let lanes: Vec<_> = lock(&self.0.lanes).drain().map(|(_, h)| h).collect();
+        for lane in &lanes {
+            let join = lock(&lane.join).take();
+            if let Some(mut join) = join
+                && tokio::time::timeout_at(start + grace, &mut join)
+                    .await
+                    .is_err()
+            {
+                join.abort();
+                let _ = join.await;
+            }
+            report.left_in_memory_spool += lane.status.messages.load(Relaxed);
+        }
+        drop(lanes);
+        self.0.tasks.close();
+        // Spans end when their deliveries are settled; what a caller still
+        // holds is given back by the broker's own close.
+        let _ = tokio::time::timeout_at(start + grace, self.0.tasks.wait()).await;
+        let dead = lock(&self.0.dead).take();
+        if let Some((letters, task)) = dead {
+            drop(letters);
+            let _ = tokio::time::timeout_at(start + grace, task).await;
+        }
+        for broker in self.all_brokers() {
+            if let Err(error) = broker.close().await {
+                tracing::warn!(broker = %broker.broker_type(), %error, "a broker did not close cleanly");
+            }
+        }
+        if report.left_in_memory_spool > 0 {
+            tracing::error!(
+                messages = report.left_in_memory_spool,
+                "accepted messages were left in the memory spool and are lost with this process"
+            );
+        }
+        report
+    }
+}

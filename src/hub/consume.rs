@@ -1,0 +1,408 @@
+//! Consuming: subscriptions that span a primary and the spool.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    MessagingHub, Running,
+    group::Group,
+    is_local, lock,
+    route::{Route, RouteKind},
+    span::{self, Local},
+};
+use crate::{
+    broker::{
+        BrokerType, Consumer, Delivery, Handler, Source, StartFrom, SubscribeOptions, Subscription,
+        dispatch::{self, DispatchSettings},
+    },
+    error::{Error, ErrorCode, Result},
+    message::Timestamp,
+    topic::Pattern,
+};
+
+/// How long a lease request goes on gathering after its first message: what is
+/// ready at the broker arrives within this, what is not should not be waited for.
+const LEASE_LINGER: Duration = Duration::from_millis(20);
+
+/// Deliveries of one lease request at most.
+const MAX_LEASE: usize = 1000;
+
+impl MessagingHub {
+    /// Subscribes a handler; the pattern's route says whether to queues or to
+    /// streams.
+    ///
+    /// # Errors
+    /// An option that the broker cannot honour, an unknown queue, a bad pattern.
+    pub async fn subscribe(
+        &self,
+        pattern: &str,
+        options: SubscribeOptions,
+        handler: impl Handler,
+    ) -> Result<Subscription> {
+        let source = self.source_of(&self.pattern(pattern)?)?;
+        self.start(source, options, Arc::new(handler)).await
+    }
+
+    /// Subscribes a handler to work queues.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::subscribe`].
+    pub async fn subscribe_tasks(
+        &self,
+        pattern: &str,
+        options: SubscribeOptions,
+        handler: impl Handler,
+    ) -> Result<Subscription> {
+        let source = Source::Queue(self.pattern(pattern)?);
+        self.start(source, options, Arc::new(handler)).await
+    }
+
+    /// Subscribes a handler to streams.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::subscribe`].
+    pub async fn subscribe_events(
+        &self,
+        pattern: &str,
+        options: SubscribeOptions,
+        handler: impl Handler,
+    ) -> Result<Subscription> {
+        let source = Source::Stream(self.pattern(pattern)?);
+        self.start(source, options, Arc::new(handler)).await
+    }
+
+    /// Subscribes a handler that gets batches: up to `max` messages, or what
+    /// came within `wait` of the first. The batch is acked or retried as one.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::subscribe`].
+    pub async fn subscribe_batch<F, Fut>(
+        &self,
+        pattern: &str,
+        mut options: SubscribeOptions,
+        max: usize,
+        wait: Duration,
+        handler: F,
+    ) -> Result<Subscription>
+    where
+        F: Fn(Vec<crate::broker::Received>) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), crate::broker::HandlerError>> + Send + 'static,
+    {
+        let source = self.source_of(&self.pattern(pattern)?)?;
+        let max = max.max(1);
+        // A batch can only fill when that many may be unsettled.
+        options.prefetch = options.prefetch.max(u16::try_from(max).unwrap_or(u16::MAX));
+        let id = options
+            .consumer_tag
+            .clone()
+            .unwrap_or_else(|| format!("hub-batch-{}", self.number()));
+        let consumer = self.consume_from(&source, &options).await?;
+        let control = consumer.control.clone();
+        let ended = CancellationToken::new();
+        let guard = ended.clone().drop_guard();
+        let settings = DispatchSettings::new(&source, &options, &self.0.recorder);
+        let give_up = settings.give_up.clone();
+        let task = self.0.tasks.spawn(async move {
+            let _ended = guard;
+            super::batch::run(consumer, settings, max, wait, handler).await;
+        });
+        self.remember(Running {
+            pattern: source.pattern().clone(),
+            control: control.clone(),
+            give_up,
+            ended,
+        });
+        Ok(Subscription::new(
+            id,
+            source.pattern().clone(),
+            vec![control],
+            vec![task],
+        ))
+    }
+
+    /// A consumer over primary and spool, each message once for its group. The
+    /// caller settles every delivery.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::subscribe`].
+    pub async fn consume(&self, pattern: &str, options: SubscribeOptions) -> Result<Consumer> {
+        let source = self.source_of(&self.pattern(pattern)?)?;
+        self.consume_from(&source, &options).await
+    }
+
+    /// A consumer over streams.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::subscribe`], and `INVALID_CONFIG` for a pattern over
+    /// work queues, which are leased instead.
+    pub async fn stream_events(
+        &self,
+        pattern: &str,
+        options: SubscribeOptions,
+    ) -> Result<Consumer> {
+        let pattern = self.pattern(pattern)?;
+        let route = self.route_of(&pattern)?;
+        if route.kind != RouteKind::Event {
+            return Err(Error::rejected(
+                ErrorCode::InvalidConfig,
+                format!("{pattern} names work queues, which are leased, not streamed"),
+            )
+            .on(pattern.as_str()));
+        }
+        self.consume_from(&Source::Stream(pattern), &options).await
+    }
+
+    /// Reads streams from a time on, without a group: live consumers and their
+    /// positions are left alone.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::stream_events`].
+    pub async fn replay_events(
+        &self,
+        pattern: &str,
+        start: Timestamp,
+        handler: impl Handler,
+    ) -> Result<Subscription> {
+        let options = SubscribeOptions::default().starting(StartFrom::Time(start));
+        self.subscribe_events(pattern, options, handler).await
+    }
+
+    /// Takes up to `max` messages of a queue, waiting up to `wait` for the
+    /// first. They stay unsettled at the broker until the caller settles or
+    /// drops them.
+    ///
+    /// # Errors
+    /// `QUEUE_NOT_FOUND`; `INVALID_CONFIG` for a stream.
+    ///
+    /// # Cancel safety
+    /// What arrived meanwhile is given back.
+    pub async fn lease(&self, queue: &str, max: usize, wait: Duration) -> Result<Vec<Delivery>> {
+        self.check_open()?;
+        let queue = self.canonical(queue)?;
+        let pattern = Pattern::from(&queue);
+        let route = self.route_of(&pattern)?;
+        if route.kind != RouteKind::Task {
+            return Err(Error::rejected(
+                ErrorCode::InvalidConfig,
+                format!("{queue} is a stream; read it with /v1/stream"),
+            )
+            .on(queue.as_str()));
+        }
+        let max = max.clamp(1, MAX_LEASE);
+        let options =
+            SubscribeOptions::default().with_prefetch(u16::try_from(max).unwrap_or(u16::MAX));
+        let mut consumer = self.consume_from(&Source::Queue(pattern), &options).await?;
+        let mut leased = Vec::new();
+        let mut until = tokio::time::Instant::now() + wait;
+        while leased.len() < max {
+            match tokio::time::timeout_at(until, consumer.deliveries.recv()).await {
+                Ok(Some(batch)) => {
+                    leased.extend(batch);
+                    until = until.min(tokio::time::Instant::now() + LEASE_LINGER);
+                }
+                Ok(None) => {
+                    if let Some(why) = consumer.control.failure()
+                        && leased.is_empty()
+                    {
+                        return Err(
+                            Error::new(ErrorCode::ConsumeFailed, why.as_ref()).on(queue.as_str())
+                        );
+                    }
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        // The rest that the broker handed out goes back; what is leased stays
+        // with the span's task until it is settled.
+        consumer.control.begin_stop();
+        // More than asked for goes back too, by being dropped.
+        leased.truncate(max);
+        Ok(leased)
+    }
+
+    /// Ends every subscription to exactly this pattern, after its running
+    /// handlers.
+    ///
+    /// # Errors
+    /// `SUBSCRIBE_FAILED` when there is none.
+    pub async fn unsubscribe(&self, pattern: &str) -> Result<()> {
+        let pattern = self.pattern(pattern)?;
+        let ending: Vec<Running> = {
+            let mut all = lock(&self.0.subscriptions);
+            all.retain(|r| !r.ended.is_cancelled());
+            all.iter()
+                .filter(|r| r.pattern == pattern)
+                .cloned()
+                .collect()
+        };
+        if ending.is_empty() {
+            return Err(Error::new(
+                ErrorCode::SubscribeFailed,
+                format!("there is no subscription to {pattern}"),
+            ));
+        }
+        for one in &ending {
+            one.control.begin_stop();
+        }
+        for one in &ending {
+            one.ended.cancelled().await;
+        }
+        Ok(())
+    }
+
+    /// Starts a consumer of a source.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::consume`].
+    pub async fn consume_from(
+        &self,
+        source: &Source,
+        options: &SubscribeOptions,
+    ) -> Result<Consumer> {
+        self.check_open()?;
+        let route = self.route_of(source.pattern())?;
+        let broker = self.broker(route.primary).ok_or_else(|| {
+            Error::new(
+                ErrorCode::BrokerUnavailable,
+                "no broker serves this pattern: plug one in, or turn the fallback on",
+            )
+            .on(source.pattern().as_str())
+        })?;
+        if self.0.config.auto_declare == Some(true)
+            && broker.is_connected()
+            && source.pattern().literal().is_some()
+        {
+            broker.ensure(source).await?;
+        }
+        let primary = broker.consume(source, options).await?;
+        let away = route.primary != BrokerType::InMemory;
+        let local = (away && route.spool).then(|| match source {
+            Source::Queue(pattern) if is_local(&route) => {
+                Some((pattern.clone(), usize::from(options.prefetch).max(1)))
+            }
+            // Reading along takes nothing from anybody.
+            Source::Stream(pattern) if options.group_id.is_none() => Some((pattern.clone(), 0)),
+            _ => None,
+        });
+        let local = local.flatten().map(|(pattern, limit)| {
+            Local::register(
+                &self.0.readers,
+                self.number(),
+                pattern,
+                limit,
+                options.buffer_size,
+            )
+        });
+        let group = self.group(source, options);
+        let (consumer, task) = span::start(span::Parts {
+            primary,
+            connection: broker.connection(),
+            local,
+            group,
+            buffer: options.buffer_size,
+        });
+        self.0.tasks.spawn(task);
+        Ok(consumer)
+    }
+
+    async fn start(
+        &self,
+        source: Source,
+        options: SubscribeOptions,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Subscription> {
+        let since = Instant::now();
+        let id = options
+            .consumer_tag
+            .clone()
+            .unwrap_or_else(|| format!("hub-{}", self.number()));
+        let consumer = self
+            .consume_from(&source, &options)
+            .await
+            .inspect_err(|_| self.0.recorder.subscribe_errors.inc())?;
+        let control = consumer.control.clone();
+        let mut settings = DispatchSettings::new(&source, &options, &self.0.recorder);
+        if options.retry_delay.is_none() {
+            settings.retry_delay = self.retry_delay(&source);
+        }
+        let give_up = settings.give_up.clone();
+        let ended = CancellationToken::new();
+        let guard = ended.clone().drop_guard();
+        let task = self.0.tasks.spawn(async move {
+            let _ended = guard;
+            dispatch::run(consumer, handler, settings).await;
+        });
+        self.remember(Running {
+            pattern: source.pattern().clone(),
+            control: control.clone(),
+            give_up,
+            ended,
+        });
+        self.0.recorder.subscribe_latency.record(since.elapsed());
+        Ok(Subscription::new(
+            id,
+            source.pattern().clone(),
+            vec![control],
+            vec![task],
+        ))
+    }
+
+    fn remember(&self, running: Running) {
+        let mut all = lock(&self.0.subscriptions);
+        all.retain(|r| !r.ended.is_cancelled());
+        all.push(running);
+    }
+
+    fn retry_delay(&self, source: &Source) -> Duration {
+        let retry = &self.0.config.retry;
+        match source {
+            Source::Queue(_) => retry.task_delay,
+            Source::Stream(_) => retry.event_delay,
+        }
+    }
+
+    fn pattern(&self, text: &str) -> Result<Pattern> {
+        Pattern::new(self.0.topology.canonical(text))
+    }
+
+    fn route_of(&self, pattern: &Pattern) -> Result<Route> {
+        lock(&self.0.routes)
+            .of_pattern(pattern)
+            .map(|(_, r)| r.clone())
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorCode::BrokerUnavailable,
+                    "no broker serves this pattern: plug one in, or turn the fallback on",
+                )
+                .on(pattern.as_str())
+            })
+    }
+
+    fn source_of(&self, pattern: &Pattern) -> Result<Source> {
+        Ok(match self.route_of(pattern)?.kind {
+            RouteKind::Task => Source::Queue(pattern.clone()),
+            RouteKind::Event => Source::Stream(pattern.clone()),
+        })
+    }
+
+    /// The group that a consumer deduplicates with: the consumers of a queue
+    /// are one, a named group is one, a live reader is its own.
+    fn group(&self, source: &Source, options: &SubscribeOptions) -> Arc<Group> {
+        let name = match (source, &options.group_id) {
+            (Source::Queue(_), _) => "queue:".to_owned(),
+            (Source::Stream(_), Some(group)) => format!("group:{group}"),
+            (Source::Stream(_), None) => {
+                return Arc::new(Group::new(&self.0.config.dedup_window));
+            }
+        };
+        lock(&self.0.groups)
+            .entry(name)
+            .or_insert_with(|| Arc::new(Group::new(&self.0.config.dedup_window)))
+            .clone()
+    }
+}

@@ -1,0 +1,67 @@
+//! The hub's own dead letters: what expired in the spool and what the primary
+//! refused while it was drained. They go to the embedded broker's dead-letter
+//! queue, by one task, in order.
+
+use std::sync::Arc;
+
+use tokio::{sync::mpsc, task::JoinHandle};
+
+use crate::{
+    broker::MessageBroker,
+    message::{Message, wire::Failure},
+    topic::Topic,
+};
+
+struct Letter {
+    topic: Topic,
+    message: Arc<Message>,
+    failure: Failure,
+}
+
+/// Takes dead letters from the lanes. Clones feed the same task.
+#[derive(Clone)]
+pub(crate) struct DeadLetters(mpsc::UnboundedSender<Letter>);
+
+impl DeadLetters {
+    /// Starts the task; it ends when every clone is gone.
+    pub(crate) fn start(broker: Arc<dyn MessageBroker>) -> (Self, JoinHandle<()>) {
+        // No bound of its own: only spooled messages come here, each once, so
+        // the spool's budget is the bound.
+        let (tx, mut rx) = mpsc::unbounded_channel::<Letter>();
+        let task = tokio::spawn(async move {
+            while let Some(letter) = rx.recv().await {
+                let reason = letter.failure.reason.clone();
+                let id = letter.message.id.clone();
+                let topic = letter.topic.clone();
+                let done = match broker.task_queue() {
+                    Some(queues) => {
+                        queues
+                            .dead_letter(&letter.topic, letter.message, letter.failure)
+                            .await
+                    }
+                    None => Ok(()),
+                };
+                match done {
+                    Ok(()) => {
+                        tracing::warn!(%topic, %id, reason, "a spooled message went to the hub's dead letters");
+                    }
+                    Err(error) => {
+                        tracing::error!(%topic, %id, reason, %error, "a dead letter could not be kept");
+                    }
+                }
+            }
+        });
+        (Self(tx), task)
+    }
+
+    pub(crate) fn bury(&self, topic: &Topic, message: Arc<Message>, failure: Failure) {
+        let letter = Letter {
+            topic: topic.clone(),
+            message,
+            failure,
+        };
+        if let Err(mpsc::error::SendError(letter)) = self.0.send(letter) {
+            tracing::error!(topic = %letter.topic, id = %letter.message.id, "the dead-letter task is gone");
+        }
+    }
+}

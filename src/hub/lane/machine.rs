@@ -1,0 +1,904 @@
+//! The life of a publishing lane, as a pure state machine: events and the time
+//! go in, actions come out. It refuses to know clocks, channels and brokers, so
+//! that whole outages are stepped in microseconds by tests.
+//!
+//! ```text
+//!            hedge over / overloaded            nothing in doubt
+//!  primary ------------------------> suspect ---------------------> draining
+//!     ^  \                              | suspect_timeout,             |  |
+//!     |   \ generation lost             v generation lost             |  |
+//!     |    `-------------------------> degraded <---------------------'  |
+//!     |                                   | lane opened                  |
+//!     |                                   `----------> draining          |
+//!     `------------------------------------------------------------------'
+//!                              spool empty
+//! ```
+//!
+//! Order (C5): every message gets its sequence number when it is admitted,
+//! written or spooled. Copies taken late are filed under it, so a drain in
+//! sequence order is a drain in publish order. A new message goes straight to
+//! the primary only if the spool holds nothing of its order key that is not
+//! already written on this same lane.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::hedge::Hedge;
+use crate::{
+    broker::{BrokerType, Fate, OrderKey, Outcome, Submission, Verdict},
+    error::{Assume, Error, ErrorCode},
+    hub::{
+        spool::{Budget, Entry, Seq, Spool, Status},
+        state::LaneState,
+    },
+    message::{
+        Message, Timestamp,
+        wire::{Failure, Marks},
+    },
+};
+
+/// Both clocks: the steady one for time-outs, the wall for expirations.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Now {
+    pub(crate) at: Instant,
+    pub(crate) wall: Timestamp,
+}
+
+/// Settings of a lane.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// Whose lane it is.
+    pub(crate) via: BrokerType,
+    /// The topic, for errors.
+    pub(crate) topic: Arc<str>,
+    /// Messages in flight at most.
+    pub(crate) window: usize,
+    /// The hedge's bounds.
+    pub(crate) hedge: (Duration, Duration),
+    /// How long a lane may be suspect before its generation is ended.
+    pub(crate) suspect_timeout: Duration,
+    /// Whether there is a spool; without one errors reach the caller.
+    pub(crate) spool: bool,
+    /// The room that all lanes share.
+    pub(crate) budget: Arc<Budget>,
+    /// How long a publish waits for room in a full spool.
+    pub(crate) spool_wait: Duration,
+    /// Whether local handlers may take spooled messages during an outage.
+    pub(crate) local: bool,
+    /// How long an overloaded primary is left alone.
+    pub(crate) overload_pause: Duration,
+}
+
+/// A message at the lane's door, with whoever waits for its outcome.
+#[derive(Debug)]
+pub(crate) struct Intake<W> {
+    pub(crate) message: Arc<Message>,
+    pub(crate) order: OrderKey,
+    pub(crate) confirm: bool,
+    /// When waiting is over.
+    pub(crate) deadline: Instant,
+    pub(crate) waiter: W,
+}
+
+/// What the shell must do, in order.
+#[derive(Debug)]
+pub(crate) enum Action<W> {
+    /// Write these on the open lane.
+    Write(Vec<Submission>),
+    /// Tell a publisher.
+    Answer(W, Result<Outcome, Error>),
+    /// Open a lane as soon as the broker is there.
+    Open,
+    /// Drop the open lane; its generation is over.
+    EndGeneration,
+    /// Move a message to the hub's dead letters.
+    DeadLetter(Arc<Message>, Failure),
+    /// A copy was spooled; live readers may want to read along.
+    Spooled(Seq),
+    /// The state changed.
+    Changed {
+        from: LaneState,
+        to: LaneState,
+        why: &'static str,
+    },
+}
+
+struct InFlight<W> {
+    written: Instant,
+    /// What it is, unless the spool has it.
+    fresh: Option<(Entry, W, Instant)>,
+}
+
+/// A lane's state machine. `W` stands for whoever waits for an answer.
+pub(crate) struct Machine<W> {
+    settings: Settings,
+    state: LaneState,
+    /// A lane is open on the current generation.
+    open: bool,
+    /// An `Open` was emitted and not answered yet, since when.
+    opening: Option<Instant>,
+    /// The last open was refused; opened again only when something is published.
+    refused: bool,
+    waiting: VecDeque<(Intake<W>, Instant)>,
+    /// The first deadline of those that wait, or one that has passed since.
+    earliest_deadline: Option<Instant>,
+    in_flight: BTreeMap<Seq, InFlight<W>>,
+    spool: Spool,
+    next_seq: Seq,
+    hedge: Hedge,
+    suspect_since: Option<Instant>,
+    /// The primary said that it is overloaded: nothing is written before this.
+    pause_until: Option<Instant>,
+    /// Doubles with each overload in a row, reset by a confirm.
+    pause: Duration,
+    /// How many messages intake may add to the spool while it drains; earned by
+    /// drained messages, two for one, so that the spool shrinks under any load.
+    credit: usize,
+    half_credit: bool,
+    drained: u64,
+    actions: Vec<Action<W>>,
+}
+
+/// Intake that a drain begins with: a second of a busy publisher, so that an
+/// ordinary drain slows nobody.
+const FIRST_CREDIT: usize = 5_000;
+
+/// What a spooled message takes beside its own bytes: the entry, three index
+/// nodes, the message's fixed part.
+const ENTRY_OVERHEAD: usize = 512;
+
+/// What an overload pause grows to at most.
+const MAX_OVERLOAD_PAUSE: Duration = Duration::from_secs(2);
+
+impl<W> Machine<W> {
+    pub(crate) fn new(settings: Settings) -> Self {
+        let hedge = Hedge::new(settings.hedge.0, settings.hedge.1);
+        let pause = settings.overload_pause;
+        Self {
+            settings,
+            state: LaneState::Primary,
+            open: false,
+            opening: None,
+            refused: false,
+            waiting: VecDeque::new(),
+            earliest_deadline: None,
+            in_flight: BTreeMap::new(),
+            spool: Spool::new(),
+            next_seq: 1,
+            hedge,
+            suspect_since: None,
+            pause_until: None,
+            pause,
+            credit: FIRST_CREDIT,
+            half_credit: false,
+            drained: 0,
+            actions: Vec::new(),
+        }
+    }
+
+    // ----- what others may ask -----
+
+    pub(crate) fn state(&self) -> LaneState {
+        self.state
+    }
+
+    pub(crate) fn spool(&self) -> &Spool {
+        &self.spool
+    }
+
+    pub(crate) fn drained(&self) -> u64 {
+        self.drained
+    }
+
+    pub(crate) fn hedge(&self) -> Duration {
+        self.hedge.current()
+    }
+
+    /// Messages that wait for room; the shell reads no more intake above a bound.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Nothing is in flight or waits for its outcome.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.waiting.is_empty() && self.in_flight.is_empty()
+    }
+
+    /// What to do, in order. Called after each event.
+    pub(crate) fn take_actions(&mut self) -> Vec<Action<W>> {
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When `tick` is due, if at all.
+    pub(crate) fn next_deadline(&self, now: Now) -> Option<Instant> {
+        let mut next: Option<Instant> = None;
+        let mut at_least = |t: Instant| next = Some(next.map_or(t, |n| n.min(t)));
+        if self.state != LaneState::Suspect
+            && self.settings.spool
+            && let Some(first) = self.in_flight.values().next()
+        {
+            at_least(first.written + self.hedge.current());
+        }
+        if !self.settings.spool {
+            for flight in self.in_flight.values() {
+                if let Some((_, _, deadline)) = &flight.fresh {
+                    at_least(*deadline);
+                }
+            }
+        }
+        if let Some(since) = self.suspect_since
+            && self.spool.in_doubt() > 0
+        {
+            at_least(since + self.settings.suspect_timeout);
+        }
+        if let Some(until) = self.pause_until {
+            at_least(until);
+        }
+        if let Some(since) = self.opening
+            && self.state == LaneState::Primary
+            && self.settings.spool
+        {
+            at_least(since + self.settings.hedge.1);
+        }
+        if let Some(deadline) = self.earliest_deadline {
+            at_least(deadline);
+        }
+        if self.settings.spool
+            && let Some((intake, since)) = self.waiting.front()
+            && !self.has_room(&intake.message)
+        {
+            at_least(*since + self.settings.spool_wait);
+        }
+        if let Some(due) = self.spool.next_due() {
+            at_least(now.at + due.since(now.wall).max(Duration::from_millis(1)));
+        }
+        next
+    }
+
+    // ----- events -----
+
+    /// The broker is not there at all, as far as is known.
+    pub(crate) fn broker_away(&mut self, now: Now) {
+        if !self.open && self.state == LaneState::Primary {
+            self.opening = None;
+            self.go(LaneState::Degraded, "the broker is away");
+        }
+        self.pump(now);
+    }
+
+    /// The broker is there: a lane may be opened.
+    pub(crate) fn broker_back(&mut self, now: Now) {
+        self.refused = false;
+        self.want_open(now);
+        self.pump(now);
+    }
+
+    /// Somebody publishes.
+    pub(crate) fn publish(&mut self, now: Now, intake: Intake<W>) {
+        if !self.open {
+            self.refused = false;
+            self.want_open(now);
+        }
+        let deadline = intake.deadline;
+        self.waiting.push_back((intake, now.at));
+        self.pump(now);
+        if self.waiting.is_empty() {
+            self.earliest_deadline = None;
+        } else {
+            self.earliest_deadline =
+                Some(self.earliest_deadline.map_or(deadline, |d| d.min(deadline)));
+        }
+    }
+
+    /// A lane was opened.
+    pub(crate) fn opened(&mut self, now: Now) {
+        self.opening = None;
+        self.open = true;
+        self.refused = false;
+        self.pause_until = None;
+        match self.state {
+            LaneState::Degraded | LaneState::Suspect if !self.spool.is_empty() => {
+                self.begin_drain("the broker is back");
+            }
+            LaneState::Degraded | LaneState::Suspect => {
+                self.go(
+                    LaneState::Primary,
+                    "the broker is back, nothing was spooled",
+                );
+            }
+            LaneState::Primary | LaneState::Draining => {}
+        }
+        self.pump(now);
+    }
+
+    /// No lane could be opened.
+    pub(crate) fn open_failed(&mut self, now: Now, error: &Error) {
+        self.opening = None;
+        if error.is_refusal() {
+            // Looked at and turned down: callers hear it, and what the spool
+            // holds would be refused too, so it goes where it can be seen.
+            self.refused = true;
+            while let Some((intake, _)) = self.waiting.pop_front() {
+                self.actions
+                    .push(Action::Answer(intake.waiter, Err(error.clone())));
+            }
+            while let Some(seq) = self.spool.next_to_drain(far_future()) {
+                self.refuse_spooled(seq, error);
+            }
+            // The broker answers, so this is not an outage: the next publish
+            // asks again and hears the answer itself.
+            self.go(LaneState::Primary, "the broker refuses the topic");
+        } else if self.settings.spool {
+            if self.state == LaneState::Primary {
+                self.go(LaneState::Degraded, "no lane could be opened");
+            }
+        } else {
+            while let Some((intake, _)) = self.waiting.pop_front() {
+                self.actions
+                    .push(Action::Answer(intake.waiter, Err(error.clone())));
+            }
+        }
+        self.pump(now);
+    }
+
+    /// The broker answered a submission.
+    pub(crate) fn confirmed(&mut self, now: Now, seq: Seq, fate: Fate) {
+        let Some(flight) = self.in_flight.remove(&seq) else {
+            // Its generation was given up before; the copy was drained or will be.
+            return;
+        };
+        match (fate, flight.fresh) {
+            (Fate::Confirmed(position), Some((entry, waiter, _))) => {
+                self.note_confirm(now, flight.written);
+                self.release(entry.size);
+                let via = self.settings.via;
+                let outcome = if entry.confirm {
+                    Outcome::Delivered { via, position }
+                } else {
+                    Outcome::Sent { via }
+                };
+                self.actions.push(Action::Answer(waiter, Ok(outcome)));
+            }
+            (Fate::Confirmed(_), None) => {
+                self.note_confirm(now, flight.written);
+                // An in-doubt copy that was not handed on, or a drained entry.
+                if self.spool.status(seq) == Some(Status::InFlight) {
+                    self.drained += 1;
+                    self.earn_credit();
+                }
+                self.forget(seq);
+            }
+            (Fate::Refused(error), Some((entry, waiter, _))) => {
+                self.release(entry.size);
+                self.actions.push(Action::Answer(waiter, Err(error)));
+            }
+            (Fate::Refused(error), None) => self.refuse_spooled(seq, &error),
+            (Fate::Overloaded(error), fresh) => {
+                self.give_back(now, seq, fresh, false, &error);
+                self.overloaded(now);
+            }
+            (Fate::Unknown(error), fresh) => {
+                self.give_back(now, seq, fresh, true, &error);
+                self.become_suspect(now, "the outcome of a publish is unknown");
+            }
+            (Fate::Unsent(error), fresh) => {
+                self.give_back(now, seq, fresh, false, &error);
+                self.become_suspect(now, "the lane stopped writing");
+            }
+        }
+        self.pump(now);
+    }
+
+    /// The open lane has ended, and with it its generation.
+    pub(crate) fn ended(&mut self, now: Now, why: &'static str) {
+        self.open = false;
+        self.end_generation(now, why);
+        self.pump(now);
+    }
+
+    /// Time has passed.
+    pub(crate) fn tick(&mut self, now: Now) {
+        if self.state != LaneState::Suspect
+            && self.settings.spool
+            && self
+                .in_flight
+                .values()
+                .next()
+                .is_some_and(|f| f.written + self.hedge.current() <= now.at)
+        {
+            self.become_suspect(now, "a confirm is late");
+        }
+        if let Some(since) = self.suspect_since
+            && self.spool.in_doubt() > 0
+            && since + self.settings.suspect_timeout <= now.at
+        {
+            self.actions.push(Action::EndGeneration);
+            self.open = false;
+            self.end_generation(now, "no confirm within suspect_timeout");
+            self.want_open(now);
+        }
+        if self.pause_until.is_some_and(|until| until <= now.at) {
+            self.pause_until = None;
+        }
+        if let Some(since) = self.opening
+            && self.state == LaneState::Primary
+            && self.settings.spool
+            && since + self.settings.hedge.1 <= now.at
+        {
+            self.go(LaneState::Degraded, "no lane within the hedge");
+        }
+        if !self.settings.spool {
+            self.time_out_in_flight(now);
+        }
+        self.pump(now);
+        self.time_out_waiting(now);
+    }
+
+    // ----- local handlers -----
+
+    /// Leases the next spooled message to a local handler, if it may.
+    pub(crate) fn lease(&mut self, now: Now) -> Option<(Seq, Entry)> {
+        if !self.settings.local || !matches!(self.state, LaneState::Suspect | LaneState::Degraded) {
+            return None;
+        }
+        loop {
+            let seq = self.spool.next_to_lease(now.wall)?;
+            if self.bury_if_expired(now, seq) {
+                continue;
+            }
+            self.spool.set(seq, Status::Leased);
+            return self.spool.get(seq).cloned().map(|entry| (seq, entry));
+        }
+    }
+
+    /// A local handler decided. False when it holds no such lease.
+    pub(crate) fn settle(&mut self, now: Now, seq: Seq, verdict: Verdict) -> bool {
+        if self.spool.status(seq) != Some(Status::Leased) {
+            return false;
+        }
+        match verdict {
+            Verdict::Ack => {
+                self.forget(seq);
+            }
+            Verdict::Requeue => {
+                self.spool.edit(seq, |e| {
+                    let mut message = (*e.message).clone();
+                    message.redelivered = true;
+                    e.message = Arc::new(message);
+                });
+                self.spool.set(seq, Status::Ready);
+            }
+            Verdict::Retry { delay, failure } => {
+                self.spool.edit(seq, |e| {
+                    let mut message = (*e.message).clone();
+                    message.retry_count += 1;
+                    message.error = Some(failure.details.clone());
+                    e.message = Arc::new(message);
+                    e.marks.failure = Some(failure);
+                    e.due = Some(now.wall + delay);
+                });
+                self.spool.set(seq, Status::Ready);
+            }
+            Verdict::DeadLetter { failure } => {
+                if let Some(entry) = self.forget(seq) {
+                    self.actions
+                        .push(Action::DeadLetter(entry.message, failure));
+                }
+            }
+        }
+        self.pump(now);
+        true
+    }
+
+    // ----- the inside -----
+
+    fn go(&mut self, to: LaneState, why: &'static str) {
+        if self.state != to {
+            let from = std::mem::replace(&mut self.state, to);
+            self.actions.push(Action::Changed { from, to, why });
+        }
+        if to != LaneState::Suspect {
+            self.suspect_since = None;
+        }
+    }
+
+    fn begin_drain(&mut self, why: &'static str) {
+        if self.state != LaneState::Draining {
+            self.credit = FIRST_CREDIT;
+        }
+        self.go(LaneState::Draining, why);
+    }
+
+    fn want_open(&mut self, now: Now) {
+        if !self.open && self.opening.is_none() && !self.refused {
+            self.opening = Some(now.at);
+            self.actions.push(Action::Open);
+        }
+    }
+
+    fn note_confirm(&mut self, now: Now, written: Instant) {
+        // What comes while suspect says how long the stall was, not how fast
+        // the broker is; counted in, it would raise the hedge for the next one.
+        if self.state != LaneState::Suspect {
+            self.hedge.record(now.at.saturating_duration_since(written));
+            self.pause = self.settings.overload_pause;
+        }
+    }
+
+    fn earn_credit(&mut self) {
+        if self.half_credit {
+            self.credit = (self.credit + 1).min(FIRST_CREDIT);
+        }
+        self.half_credit = !self.half_credit;
+    }
+
+    /// The stall begins: first what is in flight is spooled, in publish order,
+    /// in doubt; then everything that waits goes behind it (by `pump`).
+    fn become_suspect(&mut self, now: Now, why: &'static str) {
+        if self.state == LaneState::Suspect || self.state == LaneState::Degraded {
+            return;
+        }
+        if !self.settings.spool {
+            return;
+        }
+        let seqs: Vec<Seq> = self.in_flight.keys().copied().collect();
+        for seq in seqs {
+            let fresh = self.in_flight.get_mut(&seq).and_then(|f| f.fresh.take());
+            match fresh {
+                Some((entry, waiter, _)) => self.file(seq, entry, waiter, Status::InDoubt),
+                None => {
+                    self.spool.set(seq, Status::InDoubt);
+                }
+            }
+        }
+        self.suspect_since = Some(now.at);
+        let from = self.state;
+        self.state = LaneState::Suspect;
+        self.actions.push(Action::Changed {
+            from,
+            to: LaneState::Suspect,
+            why,
+        });
+    }
+
+    fn overloaded(&mut self, now: Now) {
+        self.pause_until = Some(now.at + self.pause);
+        self.pause = (self.pause * 2).min(MAX_OVERLOAD_PAUSE);
+        self.become_suspect(now, "the broker is overloaded");
+    }
+
+    /// Spools a message that a publisher waits for, and tells the publisher.
+    fn file(&mut self, seq: Seq, entry: Entry, waiter: W, status: Status) {
+        self.spool.insert(seq, entry, status);
+        self.actions.push(Action::Spooled(seq));
+        self.actions.push(Action::Answer(
+            waiter,
+            Ok(Outcome::Spooled { durable: false }),
+        ));
+    }
+
+    /// A submission came back unstored, or perhaps stored (`doubt`).
+    fn give_back(
+        &mut self,
+        _now: Now,
+        seq: Seq,
+        fresh: Option<(Entry, W, Instant)>,
+        doubt: bool,
+        error: &Error,
+    ) {
+        match fresh {
+            Some((mut entry, waiter, _)) => {
+                if self.settings.spool {
+                    entry.marks.possible_duplicate |= doubt;
+                    self.file(seq, entry, waiter, Status::Ready);
+                } else {
+                    self.release(entry.size);
+                    let assume = if doubt {
+                        Assume::Unknown
+                    } else {
+                        Assume::NotSent
+                    };
+                    self.actions
+                        .push(Action::Answer(waiter, Err(error.clone().assuming(assume))));
+                }
+            }
+            None => {
+                if doubt {
+                    self.spool.edit(seq, |e| e.marks.possible_duplicate = true);
+                }
+                self.spool.set(seq, Status::Ready);
+            }
+        }
+    }
+
+    /// Takes an entry out of the spool and gives its room back.
+    fn forget(&mut self, seq: Seq) -> Option<Entry> {
+        let entry = self.spool.remove(seq)?;
+        self.release(entry.size);
+        Some(entry)
+    }
+
+    fn release(&self, size: usize) {
+        if self.settings.spool {
+            self.settings.budget.give_back(size);
+        }
+    }
+
+    /// Everything written and unanswered becomes ready, marked.
+    fn end_generation(&mut self, now: Now, why: &'static str) {
+        let lost = Error::unknown(ErrorCode::ConnectionClosed, why)
+            .at(self.settings.via)
+            .on(&*self.settings.topic);
+        let flights = std::mem::take(&mut self.in_flight);
+        for (seq, flight) in flights {
+            self.give_back(now, seq, flight.fresh, true, &lost);
+        }
+        self.opening = None;
+        self.go(LaneState::Degraded, why);
+        self.want_open(now);
+    }
+
+    fn refuse_spooled(&mut self, seq: Seq, error: &Error) {
+        if let Some(entry) = self.forget(seq) {
+            let failure = Failure::now(
+                "refused",
+                error.to_string(),
+                &self.settings.topic,
+                entry.marks.failure.as_ref(),
+            );
+            self.actions
+                .push(Action::DeadLetter(entry.message, failure));
+        }
+    }
+
+    fn bury_if_expired(&mut self, now: Now, seq: Seq) -> bool {
+        let expired = self
+            .spool
+            .get(seq)
+            .is_some_and(|e| e.message.is_expired(now.wall));
+        if expired && let Some(entry) = self.forget(seq) {
+            let failure = Failure::now(
+                "expired",
+                "the message expired in the spool",
+                &self.settings.topic,
+                entry.marks.failure.as_ref(),
+            );
+            self.actions
+                .push(Action::DeadLetter(entry.message, failure));
+        }
+        expired
+    }
+
+    /// Does whatever the state allows now: ends a suspicion, drains, admits.
+    fn pump(&mut self, now: Now) {
+        if self.state == LaneState::Suspect
+            && self.spool.in_doubt() == 0
+            && self.in_flight.is_empty()
+            && self.pause_until.is_none()
+            && self.open
+        {
+            if self.spool.is_empty() {
+                self.go(LaneState::Primary, "every confirm came after all");
+            } else {
+                self.begin_drain("nothing is in doubt any more");
+            }
+        }
+        if self.state == LaneState::Primary && self.open && self.spool.ready() > 0 {
+            self.begin_drain("a local handler gave work back");
+        }
+        let mut batch = Vec::new();
+        self.drain(now, &mut batch);
+        self.admit(now, &mut batch);
+        if !batch.is_empty() {
+            self.actions.push(Action::Write(batch));
+        }
+        if self.state == LaneState::Draining && self.spool.len() == self.spool.leased() {
+            self.go(LaneState::Primary, "the spool is empty");
+        }
+    }
+
+    fn may_write(&self) -> bool {
+        self.open
+            && self.pause_until.is_none()
+            && matches!(self.state, LaneState::Primary | LaneState::Draining)
+    }
+
+    /// The drain has three quarters of the window; the rest is for new
+    /// publishes whose keys the spool does not hold.
+    fn drain(&mut self, now: Now, batch: &mut Vec<Submission>) {
+        if !self.may_write() || self.state != LaneState::Draining {
+            return;
+        }
+        let share = (self.settings.window * 3 / 4).max(1);
+        while self.in_flight.len() < share {
+            let Some(seq) = self.spool.next_to_drain(now.wall) else {
+                return;
+            };
+            if self.bury_if_expired(now, seq) {
+                continue;
+            }
+            self.spool.set(seq, Status::InFlight);
+            let Some(entry) = self.spool.get(seq) else {
+                return;
+            };
+            batch.push(Submission {
+                token: seq,
+                message: entry.message.clone(),
+                order: entry.order.clone(),
+                marks: entry.marks.clone(),
+                confirm: true,
+            });
+            self.in_flight.insert(
+                seq,
+                InFlight {
+                    written: now.at,
+                    fresh: None,
+                },
+            );
+        }
+    }
+
+    fn admit(&mut self, now: Now, batch: &mut Vec<Submission>) {
+        while let Some((intake, _)) = self.waiting.front() {
+            enum Way {
+                Write,
+                Spool,
+                Wait,
+            }
+            // A lane writes only what the spool could take back.
+            let size = intake.message.size() + ENTRY_OVERHEAD;
+            let room = !self.settings.spool || self.settings.budget.has_room(size);
+            let free = self.in_flight.len() < self.settings.window;
+            let way =
+                match self.state {
+                    LaneState::Primary if self.open && self.pause_until.is_none() => {
+                        if free && room { Way::Write } else { Way::Wait }
+                    }
+                    LaneState::Primary => Way::Wait,
+                    LaneState::Suspect | LaneState::Degraded if self.settings.spool => {
+                        if room {
+                            Way::Spool
+                        } else {
+                            Way::Wait
+                        }
+                    }
+                    LaneState::Suspect | LaneState::Degraded => Way::Wait,
+                    LaneState::Draining => {
+                        if self.spool.fences(&intake.order) {
+                            if room && self.credit > 0 {
+                                Way::Spool
+                            } else {
+                                Way::Wait
+                            }
+                        } else if free && room && self.may_write() {
+                            Way::Write
+                        } else {
+                            Way::Wait
+                        }
+                    }
+                };
+            if matches!(way, Way::Wait) {
+                break;
+            }
+            if self.settings.spool && !self.settings.budget.take(size) {
+                break;
+            }
+            let Some((intake, _)) = self.waiting.pop_front() else {
+                break;
+            };
+            let seq = self.next_seq;
+            self.next_seq += 1;
+            let entry = Entry {
+                message: intake.message,
+                order: intake.order,
+                marks: Marks::default(),
+                confirm: intake.confirm,
+                since: now.wall,
+                size,
+                due: None,
+            };
+            if matches!(way, Way::Spool) {
+                if self.state == LaneState::Draining {
+                    self.credit -= 1;
+                }
+                self.file(seq, entry, intake.waiter, Status::Ready);
+                continue;
+            }
+            batch.push(Submission {
+                token: seq,
+                message: entry.message.clone(),
+                order: entry.order.clone(),
+                marks: Marks::default(),
+                confirm: entry.confirm,
+            });
+            self.in_flight.insert(
+                seq,
+                InFlight {
+                    written: now.at,
+                    fresh: Some((entry, intake.waiter, intake.deadline)),
+                },
+            );
+        }
+        if self.state == LaneState::Degraded && !self.settings.spool {
+            self.refuse_waiting();
+        }
+    }
+
+    fn has_room(&self, message: &Message) -> bool {
+        self.settings
+            .budget
+            .has_room(message.size() + ENTRY_OVERHEAD)
+    }
+
+    /// Without a spool an outage is an error at once.
+    fn refuse_waiting(&mut self) {
+        while let Some((intake, _)) = self.waiting.pop_front() {
+            let error = Error::new(
+                ErrorCode::BrokerUnavailable,
+                "the broker is away and the fallback is off",
+            )
+            .at(self.settings.via)
+            .on(&*self.settings.topic);
+            self.actions.push(Action::Answer(intake.waiter, Err(error)));
+        }
+    }
+
+    fn time_out_waiting(&mut self, now: Now) {
+        let mut kept = VecDeque::with_capacity(self.waiting.len());
+        for (intake, since) in std::mem::take(&mut self.waiting) {
+            let over = intake.deadline <= now.at;
+            let spool_over = self.settings.spool && since + self.settings.spool_wait <= now.at;
+            let full = self.settings.spool && !self.has_room(&intake.message);
+            if over || (spool_over && full) {
+                let error = if full {
+                    Error::new(
+                        ErrorCode::SpoolFull,
+                        "the spool is full and the broker does not take messages; try again later",
+                    )
+                } else {
+                    Error::new(ErrorCode::Timeout, "no room to publish within the timeout")
+                };
+                self.actions.push(Action::Answer(
+                    intake.waiter,
+                    Err(error.at(self.settings.via).on(&*self.settings.topic)),
+                ));
+            } else {
+                kept.push_back((intake, since));
+            }
+        }
+        self.waiting = kept;
+        self.earliest_deadline = self.waiting.iter().map(|(i, _)| i.deadline).min();
+    }
+
+    fn time_out_in_flight(&mut self, now: Now) {
+        let late: Vec<Seq> = self
+            .in_flight
+            .iter()
+            .filter(|(_, f)| f.fresh.as_ref().is_some_and(|(_, _, d)| *d <= now.at))
+            .map(|(seq, _)| *seq)
+            .collect();
+        for seq in late {
+            if let Some(InFlight {
+                fresh: Some((entry, waiter, _)),
+                ..
+            }) = self.in_flight.remove(&seq)
+            {
+                self.release(entry.size);
+                let error = Error::unknown(
+                    ErrorCode::PublishTimeout,
+                    "the broker did not confirm within the timeout",
+                )
+                .at(self.settings.via)
+                .on(&*self.settings.topic);
+                self.actions.push(Action::Answer(waiter, Err(error)));
+            }
+        }
+    }
+}
+
+fn far_future() -> Timestamp {
+    Timestamp::from_millis(i64::MAX)
+}

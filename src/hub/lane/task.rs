@@ -1,0 +1,629 @@
+//! The task that owns a lane: the thin shell round [`Machine`]. It moves
+//! events in and actions out and decides nothing.
+//!
+//! It never waits for one thing only. Writing to the adapter goes through an
+//! outbox that is passed on when the adapter has room, so a broker that stands
+//! still cannot keep the hedge from being noticed.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use futures_util::future::BoxFuture;
+use tokio::{
+    sync::{broadcast, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::machine::{Action, Intake, Machine, Now, Settings};
+use crate::{
+    broker::{
+        Confirmation, Delivery, Fate, Lane, LaneOptions, MessageBroker, OrderKey, Outcome, Receipt,
+        Received, Settlement, Submission, Verdict,
+    },
+    error::{Error, ErrorCode, Result},
+    hub::{
+        accepted::Seen,
+        dead::DeadLetters,
+        spool::Seq,
+        state::{LaneState, RouteState, StateChange},
+    },
+    message::{Message, MessageId, Timestamp, wire::Marks},
+    metrics::MetricsRecorder,
+    topic::{Pattern, Topic},
+};
+
+/// A message on its way to a lane.
+pub(crate) struct Item {
+    pub(crate) message: Arc<Message>,
+    pub(crate) order: OrderKey,
+    pub(crate) confirm: bool,
+    pub(crate) deadline: Instant,
+    pub(crate) waiter: Waiter,
+}
+
+/// Who waits for a publish.
+pub(crate) struct Waiter {
+    pub(crate) id: MessageId,
+    pub(crate) since: Instant,
+    pub(crate) answer: oneshot::Sender<Result<Receipt>>,
+    /// Set for an id that the caller brought: repeats wait for it too.
+    pub(crate) seen: Option<Seen>,
+}
+
+/// A reader of spooled messages.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    /// Unique in the hub.
+    pub(crate) id: u64,
+    /// Of which topics.
+    pub(crate) pattern: Pattern,
+    /// Where it gets them.
+    pub(crate) deliveries: mpsc::Sender<Vec<Delivery>>,
+    /// Leases of a lane at most; 0: reads along without leasing.
+    pub(crate) limit: usize,
+}
+
+/// All readers of a hub; lanes watch the list and pick those of their topic.
+pub(crate) type Readers = Arc<Vec<Arc<Reader>>>;
+
+/// Everything a lane's task needs.
+pub(crate) struct Parts {
+    pub(crate) route: String,
+    pub(crate) topic: Topic,
+    pub(crate) lane: u32,
+    pub(crate) broker: Arc<dyn MessageBroker>,
+    pub(crate) options: LaneOptions,
+    pub(crate) settings: Settings,
+    /// Make the topic when it is missing.
+    pub(crate) ensure: Option<crate::broker::Source>,
+    /// None without a fallback; then nothing is ever spooled.
+    pub(crate) dead: Option<DeadLetters>,
+    pub(crate) changes: broadcast::Sender<StateChange>,
+    pub(crate) recorder: Arc<MetricsRecorder>,
+    pub(crate) fallback_usages: Arc<AtomicU64>,
+    pub(crate) readers: watch::Receiver<Readers>,
+    pub(crate) closing: CancellationToken,
+}
+
+/// The hub's end of a lane's task.
+pub(crate) struct LaneHandle {
+    pub(crate) intake: mpsc::Sender<Item>,
+    pub(crate) status: Arc<Status>,
+    pub(crate) join: std::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What a lane shows, without asking its task.
+#[derive(Debug, Default)]
+pub(crate) struct Status {
+    state: AtomicU8,
+    pub(crate) messages: AtomicU64,
+    pub(crate) in_doubt: AtomicU64,
+    pub(crate) bytes: AtomicU64,
+    /// Milliseconds since the epoch; 0: nothing is spooled.
+    pub(crate) oldest: AtomicU64,
+    pub(crate) drained: AtomicU64,
+}
+
+impl Status {
+    pub(crate) fn state(&self) -> LaneState {
+        match self.state.load(Relaxed) {
+            0 => LaneState::Primary,
+            1 => LaneState::Draining,
+            2 => LaneState::Suspect,
+            _ => LaneState::Degraded,
+        }
+    }
+
+    /// Adds this lane to its route. `drain.remaining` carries the count of
+    /// drained messages until the rate is worked out from it.
+    pub(crate) fn add_to(&self, route: &mut RouteState, now: Timestamp) {
+        route.state = route.state.max(self.state());
+        route.spool.messages += self.messages.load(Relaxed);
+        route.spool.in_doubt += self.in_doubt.load(Relaxed);
+        route.spool.bytes += self.bytes.load(Relaxed);
+        let oldest = i64::try_from(self.oldest.load(Relaxed)).unwrap_or(0);
+        if oldest > 0 {
+            let age = now.since(Timestamp::from_millis(oldest));
+            let age = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+            route.spool.oldest_age_ms = route.spool.oldest_age_ms.max(age);
+        }
+        route.drain.remaining += self.drained.load(Relaxed);
+    }
+
+    fn show(&self, machine: &Machine<Waiter>) {
+        let state = match machine.state() {
+            LaneState::Primary => 0,
+            LaneState::Draining => 1,
+            LaneState::Suspect => 2,
+            LaneState::Degraded => 3,
+        };
+        self.state.store(state, Relaxed);
+        let spool = machine.spool();
+        self.messages.store(spool.len() as u64, Relaxed);
+        self.in_doubt.store(spool.in_doubt() as u64, Relaxed);
+        self.bytes.store(spool.bytes() as u64, Relaxed);
+        let oldest = spool.oldest().map_or(0, |t| t.as_millis().max(1));
+        self.oldest.store(oldest.unsigned_abs(), Relaxed);
+        self.drained.store(machine.drained(), Relaxed);
+    }
+}
+
+/// Items that wait in front of a lane's task.
+pub(crate) const INTAKE_BOUND: usize = 1024;
+
+/// Items that the machine holds back before the task stops reading more.
+const WAITING_BOUND: usize = 1024;
+
+/// Events taken up in one turn, so that none starves the others.
+const TURN: usize = 256;
+
+/// Pause before a lane that could not be opened is tried again.
+const REOPEN_PAUSE: Duration = Duration::from_millis(100);
+
+/// Starts a lane's task.
+pub(crate) fn spawn(parts: Parts) -> LaneHandle {
+    let (intake, items) = mpsc::channel(INTAKE_BOUND);
+    let status = Arc::new(Status::default());
+    let (settlements, verdicts) = mpsc::unbounded_channel();
+    let task = Task {
+        machine: Machine::new(parts.settings.clone()),
+        parts,
+        submissions: None,
+        confirmations: None,
+        outbox: Vec::new(),
+        opening: None,
+        readers: Vec::new(),
+        leases: HashMap::new(),
+        settlements,
+        status: status.clone(),
+    };
+    let join = tokio::spawn(task.run(items, verdicts));
+    LaneHandle {
+        intake,
+        status,
+        join: std::sync::Mutex::new(Some(join)),
+    }
+}
+
+struct Task {
+    parts: Parts,
+    machine: Machine<Waiter>,
+    /// The two ends of the open lane.
+    submissions: Option<mpsc::Sender<Vec<Submission>>>,
+    confirmations: Option<mpsc::Receiver<Confirmation>>,
+    /// Written by the machine, not passed to the adapter yet.
+    outbox: Vec<Submission>,
+    opening: Option<BoxFuture<'static, Result<Lane>>>,
+    /// Readers of this topic, and how many leases each holds.
+    readers: Vec<(Arc<Reader>, usize)>,
+    /// Which reader holds which lease.
+    leases: HashMap<Seq, u64>,
+    settlements: mpsc::UnboundedSender<Settlement>,
+    status: Arc<Status>,
+}
+
+impl Task {
+    async fn run(
+        mut self,
+        mut items: mpsc::Receiver<Item>,
+        mut verdicts: mpsc::UnboundedReceiver<Settlement>,
+    ) {
+        let mut connection = self.parts.broker.connection();
+        let mut confirmations: Vec<Confirmation> = Vec::with_capacity(TURN);
+        let mut batch: Vec<Item> = Vec::with_capacity(TURN);
+        let mut settled: Vec<Settlement> = Vec::with_capacity(TURN);
+        let mut closing = false;
+        let mut open_intake = true;
+        let mut reopen: Option<Instant> = None;
+        let mut registry = self.parts.readers.clone();
+        self.pick_readers(&registry.borrow_and_update().clone());
+        if !connection.borrow_and_update().connected {
+            self.machine.broker_away(now());
+        } else {
+            self.machine.broker_back(now());
+        }
+        loop {
+            self.act();
+            self.feed_readers();
+            self.act();
+            self.status.show(&self.machine);
+            if closing && !open_intake && self.may_end() {
+                break;
+            }
+            let deadline = [self.machine.next_deadline(now()), reopen]
+                .into_iter()
+                .flatten()
+                .min();
+            let wants_intake = open_intake && self.machine.waiting() < WAITING_BOUND;
+            let wants_room = self.machine.waiting() > 0;
+            let budget = self.parts.settings.budget.clone();
+            tokio::select! {
+                biased;
+                n = receive(&mut self.confirmations, &mut confirmations) => {
+                    let now = now();
+                    if n == 0 {
+                        self.submissions = None;
+                        self.confirmations = None;
+                        self.unsend_outbox(now);
+                        self.machine.ended(now, "the connection was lost");
+                    } else {
+                        self.parts.recorder.publish_confirmations.add(n as u64);
+                        for c in confirmations.drain(..) {
+                            self.machine.confirmed(now, c.token, c.fate);
+                        }
+                    }
+                }
+                n = verdicts.recv_many(&mut settled, TURN) => {
+                    debug_assert!(n > 0, "the task holds a sender itself");
+                    for s in settled.drain(..) {
+                        self.settle(s);
+                    }
+                }
+                taken = hand_over(&self.submissions, &mut self.outbox),
+                    if !self.outbox.is_empty() && self.submissions.is_some() =>
+                {
+                    if !taken {
+                        // The lane ends; its last confirmations say what became
+                        // of what was written, and this never was.
+                        self.submissions = None;
+                        self.unsend_outbox(now());
+                    }
+                }
+                result = opened(&mut self.opening) => {
+                    self.opening = None;
+                    match result {
+                        Ok(lane) => {
+                            self.submissions = Some(lane.submissions);
+                            self.confirmations = Some(lane.confirmations);
+                            reopen = None;
+                            self.machine.opened(now());
+                        }
+                        Err(error) => {
+                            tracing::debug!(topic = %self.parts.topic, %error, "no lane could be opened");
+                            self.machine.open_failed(now(), &error);
+                            if !error.is_refusal() {
+                                reopen = Some(Instant::now() + REOPEN_PAUSE);
+                            }
+                        }
+                    }
+                }
+                changed = connection.changed() => {
+                    let connected = changed.is_ok() && connection.borrow_and_update().connected;
+                    if connected {
+                        reopen = None;
+                        self.machine.broker_back(now());
+                    } else {
+                        self.machine.broker_away(now());
+                    }
+                    if changed.is_err() {
+                        // The broker object is gone for good; without this the
+                        // branch would be ready for ever.
+                        self.machine.open_failed(now(), &gone());
+                        if self.confirmations.is_none() && self.opening.is_none() {
+                            break;
+                        }
+                    }
+                }
+                Ok(()) = registry.changed() => {
+                    let list = registry.borrow_and_update().clone();
+                    self.pick_readers(&list);
+                }
+                n = items.recv_many(&mut batch, TURN), if wants_intake => {
+                    if n == 0 {
+                        open_intake = false;
+                    }
+                    let now = now();
+                    for item in batch.drain(..) {
+                        self.machine.publish(now, Intake {
+                            message: item.message,
+                            order: item.order,
+                            confirm: item.confirm,
+                            deadline: item.deadline,
+                            waiter: item.waiter,
+                        });
+                    }
+                }
+                () = budget.freed.notified(), if wants_room => self.machine.tick(now()),
+                () = sleep_until(deadline) => {
+                    let now = now();
+                    if reopen.is_some_and(|at| at <= now.at) {
+                        reopen = None;
+                        if connection.borrow().connected {
+                            self.machine.broker_back(now);
+                        }
+                    }
+                    self.machine.tick(now);
+                }
+                () = self.parts.closing.cancelled(), if !closing => {
+                    closing = true;
+                    // Nothing new from here on; what is in the channel is served.
+                    items.close();
+                }
+            }
+        }
+        self.status.show(&self.machine);
+    }
+
+    fn pick_readers(&mut self, list: &Readers) {
+        let held: HashMap<u64, usize> = self.readers.iter().map(|(r, h)| (r.id, *h)).collect();
+        self.readers = list
+            .iter()
+            .filter(|r| r.pattern.matches(&self.parts.topic))
+            .map(|r| (r.clone(), held.get(&r.id).copied().unwrap_or(0)))
+            .collect();
+    }
+
+    /// Carries out what the machine decided.
+    fn act(&mut self) {
+        loop {
+            let actions = self.machine.take_actions();
+            if actions.is_empty() {
+                return;
+            }
+            for action in actions {
+                match action {
+                    Action::Write(batch) => {
+                        if self.outbox.is_empty() {
+                            self.outbox = batch;
+                        } else {
+                            self.outbox.extend(batch);
+                        }
+                    }
+                    Action::Answer(waiter, outcome) => self.answer(waiter, outcome),
+                    Action::Open => self.open(),
+                    Action::EndGeneration => {
+                        self.submissions = None;
+                        self.confirmations = None;
+                        self.outbox.clear();
+                    }
+                    Action::DeadLetter(message, failure) => {
+                        self.parts.recorder.messages_dead_lettered.inc();
+                        if let Some(dead) = &self.parts.dead {
+                            dead.bury(&self.parts.topic, message, failure);
+                        }
+                    }
+                    Action::Spooled(seq) => {
+                        self.parts.fallback_usages.fetch_add(1, Relaxed);
+                        self.read_along(seq);
+                    }
+                    Action::Changed { from, to, why } => self.announce(from, to, why),
+                }
+            }
+        }
+    }
+
+    fn open(&mut self) {
+        let broker = self.parts.broker.clone();
+        let topic = self.parts.topic.clone();
+        let options = self.parts.options.clone();
+        let ensure = self.parts.ensure.clone();
+        let lane = self.parts.lane;
+        self.opening = Some(Box::pin(async move {
+            if let Some(source) = ensure {
+                broker.ensure(&source).await?;
+            }
+            let limit = options.open_timeout;
+            tokio::time::timeout(limit, broker.open_lane(&topic, lane, &options))
+                .await
+                .unwrap_or_else(|_| {
+                    Err(Error::new(
+                        ErrorCode::ConnectionTimeout,
+                        "the broker opened no publishing channel in time",
+                    ))
+                })
+        }));
+    }
+
+    fn answer(&self, waiter: Waiter, outcome: Result<Outcome>) {
+        let recorder = &self.parts.recorder;
+        match &outcome {
+            Ok(_) => recorder.publish_successes.inc(),
+            Err(error) => {
+                recorder.publish_failures.inc();
+                recorder.publish_errors.inc();
+                if error.code() == ErrorCode::PublishTimeout || error.code() == ErrorCode::Timeout {
+                    recorder.publish_timeouts.inc();
+                }
+            }
+        }
+        recorder.publish_latency.record(waiter.since.elapsed());
+        let Waiter {
+            id, answer, seen, ..
+        } = waiter;
+        let result = match outcome {
+            Ok(outcome) => Ok(Receipt { id, outcome }),
+            Err(error) => Err(error.with_id(id.as_str())),
+        };
+        if let Some(seen) = seen {
+            seen.settle(&result);
+        }
+        // Whoever dropped the future abandoned the answer, not the message.
+        let _ = answer.send(result);
+    }
+
+    /// What the adapter never took is certainly not sent.
+    fn unsend_outbox(&mut self, now: Now) {
+        for submission in std::mem::take(&mut self.outbox) {
+            self.machine
+                .confirmed(now, submission.token, Fate::Unsent(gone()));
+        }
+    }
+
+    fn announce(&self, from: LaneState, to: LaneState, why: &'static str) {
+        let change = StateChange {
+            route: self.parts.route.clone(),
+            topic: self.parts.topic.to_string(),
+            lane: self.parts.lane,
+            from,
+            to,
+            at: Timestamp::now(),
+            reason: why.to_owned(),
+        };
+        if to == LaneState::Primary || from == LaneState::Primary {
+            tracing::warn!(route = %change.route, topic = %change.topic, lane = change.lane,
+                from = from.as_str(), to = to.as_str(), reason = why,
+                spooled = self.machine.spool().len(), "a lane changed its state");
+        } else {
+            tracing::info!(route = %change.route, topic = %change.topic, lane = change.lane,
+                from = from.as_str(), to = to.as_str(), reason = why,
+                spooled = self.machine.spool().len(), "a lane changed its state");
+        }
+        // Nobody listening is fine.
+        let _ = self.parts.changes.send(change);
+    }
+
+    /// Hands spooled messages to local readers that have room.
+    fn feed_readers(&mut self) {
+        if self.readers.is_empty() {
+            return;
+        }
+        let now = now();
+        for (reader, held) in &mut self.readers {
+            if reader.limit == 0 {
+                continue;
+            }
+            let mut batch = Vec::new();
+            let Ok(permit) = reader.deliveries.try_reserve() else {
+                continue;
+            };
+            while *held < reader.limit {
+                let Some((seq, entry)) = self.machine.lease(now) else {
+                    break;
+                };
+                *held += 1;
+                self.leases.insert(seq, reader.id);
+                batch.push(Delivery::new(
+                    received(&self.parts, &entry.message, entry.marks),
+                    self.settlements.clone(),
+                    seq,
+                ));
+            }
+            if !batch.is_empty() {
+                permit.send(batch);
+            }
+        }
+    }
+
+    /// Live readers without a group see a spooled message at once; a slow one
+    /// gets it when it is drained.
+    fn read_along(&mut self, seq: Seq) {
+        if self.readers.iter().all(|(r, _)| r.limit != 0) {
+            return;
+        }
+        let Some(entry) = self.machine.spool().get(seq).cloned() else {
+            return;
+        };
+        for (reader, _) in &self.readers {
+            if reader.limit == 0 {
+                let delivery =
+                    Delivery::unsettled(received(&self.parts, &entry.message, entry.marks.clone()));
+                let _ = reader.deliveries.try_send(vec![delivery]);
+            }
+        }
+    }
+
+    fn settle(&mut self, settlement: Settlement) {
+        if let Some(id) = self.leases.remove(&settlement.tag)
+            && let Some((_, held)) = self.readers.iter_mut().find(|(r, _)| r.id == id)
+        {
+            *held = held.saturating_sub(1);
+        }
+        let acked = matches!(settlement.verdict, Verdict::Ack);
+        let known = self
+            .machine
+            .settle(now(), settlement.tag, settlement.verdict);
+        if known && acked {
+            self.parts.recorder.messages_acked.inc();
+        }
+        if let Some(done) = settlement.done {
+            let _ = done.send(if known {
+                Ok(())
+            } else {
+                Err(Error::new(
+                    ErrorCode::AckFailed,
+                    "the spool no longer holds this delivery",
+                ))
+            });
+        }
+    }
+
+    /// Closing ends when nothing more will happen by itself: no outcome is due
+    /// and no drain goes on.
+    fn may_end(&self) -> bool {
+        self.machine.is_quiet()
+            && self.leases.is_empty()
+            && (self.machine.spool().is_empty() || self.machine.state() == LaneState::Degraded)
+    }
+}
+
+fn received(parts: &Parts, message: &Arc<Message>, marks: Marks) -> Received {
+    let mut shown = (**message).clone();
+    shown.topic = Some(parts.topic.to_string());
+    Received {
+        topic: parts.topic.clone(),
+        message: Arc::new(shown),
+        marks: Arc::new(marks),
+        via: crate::broker::BrokerType::InMemory,
+    }
+}
+
+fn now() -> Now {
+    Now {
+        at: tokio::time::Instant::now().into_std(),
+        wall: Timestamp::now(),
+    }
+}
+
+fn gone() -> Error {
+    Error::new(ErrorCode::ConnectionClosed, "the lane has ended")
+}
+
+async fn receive(
+    lane: &mut Option<mpsc::Receiver<Confirmation>>,
+    into: &mut Vec<Confirmation>,
+) -> usize {
+    match lane {
+        Some(lane) => lane.recv_many(into, TURN).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Passes the outbox to the adapter once it has room. False when the lane has
+/// ended. Nothing is lost when this is dropped half-way: the outbox is emptied
+/// only with the permit in hand.
+async fn hand_over(
+    lane: &Option<mpsc::Sender<Vec<Submission>>>,
+    outbox: &mut Vec<Submission>,
+) -> bool {
+    match lane {
+        Some(lane) => match lane.reserve().await {
+            Ok(permit) => {
+                permit.send(std::mem::take(outbox));
+                true
+            }
+            Err(_) => false,
+        },
+        None => false,
+    }
+}
+
+async fn opened(opening: &mut Option<BoxFuture<'static, Result<Lane>>>) -> Result<Lane> {
+    match opening {
+        Some(opening) => opening.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}

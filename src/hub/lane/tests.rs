@@ -1,0 +1,1 @@
+//! The lane's machine, stepped by hand.

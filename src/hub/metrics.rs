@@ -1,0 +1,79 @@
+//! What the hub counts, beside what each broker counts.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Instant,
+};
+
+use serde::Serialize;
+
+use super::{MessagingHub, lock, state::DrainState};
+use crate::{broker::BrokerType, metrics::BrokerMetrics};
+
+/// A snapshot of everything that is counted.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct HubMetrics {
+    /// What passed through the hub.
+    pub hub: BrokerMetrics,
+    /// What each broker did.
+    pub brokers: BTreeMap<BrokerType, BrokerMetrics>,
+    /// Messages that the spool took.
+    pub fallback_usages: u64,
+    /// Deliveries that a group had handled already.
+    pub duplicates_suppressed: u64,
+    /// Publishes of an id that had been accepted already.
+    pub repeats_joined: u64,
+    /// Ids that left a dedup window before their time because it was full.
+    pub dedup_overflows: u64,
+    /// Lanes that are open.
+    pub lanes: u64,
+}
+
+impl MessagingHub {
+    /// A snapshot of everything that is counted.
+    #[must_use]
+    pub fn metrics(&self) -> HubMetrics {
+        let groups: Vec<_> = lock(&self.0.groups).values().cloned().collect();
+        HubMetrics {
+            hub: self.0.recorder.snapshot(),
+            brokers: self
+                .all_brokers()
+                .iter()
+                .map(|b| (b.broker_type(), b.metrics()))
+                .collect(),
+            fallback_usages: self.fallback_usages(),
+            duplicates_suppressed: groups.iter().map(|g| g.suppressed()).sum(),
+            repeats_joined: self.0.accepted.joined(),
+            dedup_overflows: groups.iter().map(|g| g.overflows()).sum(),
+            lanes: lock(&self.0.lanes).len() as u64,
+        }
+    }
+}
+
+/// Drain rates by route, from the counts seen at successive looks.
+#[derive(Debug, Default)]
+pub(super) struct DrainRates(HashMap<String, (Instant, u64, f64)>);
+
+/// Looks closer together than this share one rate.
+const LOOK: f64 = 0.2;
+
+impl DrainRates {
+    /// The drain of a route that has drained `drained` so far and holds
+    /// `remaining`.
+    pub(super) fn of(&mut self, route: &str, drained: u64, remaining: u64) -> DrainState {
+        let now = Instant::now();
+        let (at, before, rate) = self
+            .0
+            .entry(route.to_owned())
+            .or_insert((now, drained, 0.0));
+        let passed = now.duration_since(*at).as_secs_f64();
+        if passed >= LOOK {
+            *rate = drained.saturating_sub(*before) as f64 / passed;
+            (*at, *before) = (now, drained);
+        }
+        DrainState {
+            rate: *rate,
+            remaining,
+        }
+    }
+}

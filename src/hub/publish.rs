@@ -1,0 +1,450 @@
+//! Publishing: a topic is resolved once, a message is checked, its lane found,
+//! and whoever published gets the outcome.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
+
+use tokio::sync::{OnceCell, oneshot};
+
+use super::{
+    MessagingHub,
+    accepted::Offer,
+    is_local,
+    lane::{
+        machine::Settings,
+        task::{self, Item, LaneHandle, Waiter},
+    },
+    lock,
+    publisher::{Pending, Publisher, State},
+    route::{Route, RouteKind},
+};
+use crate::{
+    broker::{
+        BrokerType, Compression, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt,
+        Source,
+    },
+    error::{Error, ErrorCode, Result},
+    message::{Event, Message, Task},
+    topic::{Pattern, Topic},
+};
+
+/// A topic, resolved.
+pub(super) struct TopicEntry {
+    pub(super) topic: Topic,
+    pub(super) route: Route,
+    pub(super) broker: Arc<dyn MessageBroker>,
+    /// How many lanes keep its order apart; asked once.
+    lanes: OnceCell<u32>,
+}
+
+/// What makes two publishes share a lane.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct LaneKey {
+    pub(super) topic: Topic,
+    pub(super) lane: u32,
+    mandatory: bool,
+    compression: Option<Compression>,
+    address: Option<(String, String)>,
+}
+
+/// Lanes of a hub at most; each is a task and a channel at the broker.
+const MAX_LANES: usize = 65_536;
+
+/// Topics that stay resolved. More are resolved again at each use.
+const MAX_TOPICS: usize = 100_000;
+
+/// Publishes of the hub itself, without a handle, are one publisher.
+const HUB_PUBLISHER: u64 = 0;
+
+impl MessagingHub {
+    /// Publishes a message and waits for its outcome.
+    ///
+    /// # Errors
+    /// Says whether the message was not sent, rejected, or is unknown. With a
+    /// working spool it is never unknown.
+    ///
+    /// # Cancel safety
+    /// Dropped while it waits for room, nothing was published; afterwards only
+    /// the answer is abandoned.
+    pub async fn publish(&self, topic: &str, message: Message) -> Result<Receipt> {
+        self.publish_with(topic, message, &PublishOptions::default())
+            .await
+    }
+
+    /// Publishes a message with options.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::publish`].
+    pub async fn publish_with(
+        &self,
+        topic: &str,
+        message: Message,
+        options: &PublishOptions,
+    ) -> Result<Receipt> {
+        let topic = self.canonical(topic)?;
+        self.enqueue(&topic, HUB_PUBLISHER, message, options)
+            .await?
+            .await
+    }
+
+    /// Publishes messages, one outcome for each, in order.
+    pub async fn publish_batch(&self, topic: &str, messages: Vec<Message>) -> Vec<Result<Receipt>> {
+        match self.publisher_numbered(topic, HUB_PUBLISHER) {
+            Ok(publisher) => publisher.publish_batch(messages).await,
+            Err(error) => messages.iter().map(|_| Err(error.clone())).collect(),
+        }
+    }
+
+    /// Publishes a task.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::publish`]; `INVALID_CONFIG` when the topic is routed
+    /// as events.
+    pub async fn publish_task(&self, topic: &str, task: Task) -> Result<Receipt> {
+        self.expect_kind(topic, RouteKind::Task)?;
+        self.publish(topic, task.into()).await
+    }
+
+    /// Publishes tasks, one outcome for each.
+    pub async fn publish_task_batch(&self, topic: &str, tasks: Vec<Task>) -> Vec<Result<Receipt>> {
+        if let Err(error) = self.expect_kind(topic, RouteKind::Task) {
+            return tasks.iter().map(|_| Err(error.clone())).collect();
+        }
+        let messages = tasks.into_iter().map(Message::from).collect();
+        self.publish_batch(topic, messages).await
+    }
+
+    /// Publishes an event.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::publish`]; `INVALID_CONFIG` when the topic is routed
+    /// as tasks.
+    pub async fn publish_event(&self, topic: &str, event: Event) -> Result<Receipt> {
+        self.expect_kind(topic, RouteKind::Event)?;
+        self.publish(topic, event.into()).await
+    }
+
+    /// Publishes events, one outcome for each.
+    pub async fn publish_event_batch(
+        &self,
+        topic: &str,
+        events: Vec<Event>,
+    ) -> Vec<Result<Receipt>> {
+        if let Err(error) = self.expect_kind(topic, RouteKind::Event) {
+            return events.iter().map(|_| Err(error.clone())).collect();
+        }
+        let messages = events.into_iter().map(Message::from).collect();
+        self.publish_batch(topic, messages).await
+    }
+
+    /// A new publisher: its keyless messages keep their order.
+    ///
+    /// # Errors
+    /// A bad topic name, or no route.
+    pub fn publisher(&self, topic: &str) -> Result<Publisher> {
+        self.publisher_numbered(topic, self.number() << 1)
+    }
+
+    /// The publisher of a name: the same name is the same publisher, wherever
+    /// in this process it is asked for.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::publisher`].
+    pub fn named_publisher(&self, topic: &str, name: &str) -> Result<Publisher> {
+        let mut hasher = DefaultHasher::new();
+        name.hash(&mut hasher);
+        // Odd numbers are names, even ones are counted.
+        self.publisher_numbered(topic, hasher.finish() | 1)
+    }
+
+    fn publisher_numbered(&self, topic: &str, number: u64) -> Result<Publisher> {
+        let topic = self.canonical(topic)?;
+        self.entry(&topic)?;
+        Ok(Publisher {
+            hub: self.clone(),
+            topic,
+            number,
+            options: Arc::default(),
+        })
+    }
+
+    fn expect_kind(&self, topic: &str, kind: RouteKind) -> Result<()> {
+        if self.kind_of(topic) == kind {
+            return Ok(());
+        }
+        let (is, wants) = match kind {
+            RouteKind::Task => ("events", "tasks"),
+            RouteKind::Event => ("tasks", "events"),
+        };
+        Err(Error::rejected(
+            ErrorCode::InvalidConfig,
+            format!("topic {topic} is routed as {is}; publish it as such, or add a route of kind {wants}"),
+        )
+        .on(topic))
+    }
+
+    /// Accepts a message: checks it, finds its lane and waits for room there.
+    pub(super) async fn enqueue(
+        &self,
+        topic: &Topic,
+        publisher: u64,
+        mut message: Message,
+        options: &PublishOptions,
+    ) -> Result<Pending> {
+        let since = tokio::time::Instant::now().into_std();
+        self.check_open()?;
+        let entry = self.entry(topic)?;
+        apply(&mut message, options, topic, &self.0.topology)?;
+        message
+            .validate(self.0.max_message_bytes)
+            .map_err(|e| e.on(topic.as_str()))?;
+        if message.is_expired(crate::message::Timestamp::now()) {
+            return Err(Error::rejected(
+                ErrorCode::MessageExpired,
+                "the message's expiration has passed already",
+            )
+            .on(topic.as_str())
+            .with_id(message.id.as_str()));
+        }
+        let seen = if message.id.is_generated() {
+            None
+        } else {
+            match self.0.accepted.offer(topic, &message.id)? {
+                Offer::Fresh(seen) => seen,
+                Offer::Joined(rx) => return Ok(Pending(State::Waiting(rx))),
+                Offer::Done(receipt) => return Ok(Pending(State::Known(Some(Ok(receipt))))),
+            }
+        };
+        let order = match &message.key {
+            Some(key) => OrderKey::Key(key.bytes()),
+            None => OrderKey::Publisher(publisher),
+        };
+        let lanes = self.lane_count(&entry).await;
+        let lane = entry
+            .broker
+            .lane_of(topic, &order, message.partition, lanes);
+        let handle = self.lane(&entry, lane, options)?;
+        let (answer, rx) = oneshot::channel();
+        self.0.recorder.messages_published.inc();
+        self.0
+            .recorder
+            .bytes_published
+            .add(message.payload.len() as u64);
+        let item = Item {
+            order,
+            confirm: options.confirm,
+            deadline: since + options.timeout,
+            waiter: Waiter {
+                id: message.id.clone(),
+                since,
+                answer,
+                seen,
+            },
+            message: Arc::new(message),
+        };
+        let remaining = options.timeout.saturating_sub(since.elapsed());
+        match tokio::time::timeout(remaining, handle.intake.reserve()).await {
+            Ok(Ok(permit)) => permit.send(item),
+            Ok(Err(_)) => {
+                return Err(Error::new(
+                    ErrorCode::OperationCanceled,
+                    "the hub is shutting down and accepts nothing new",
+                )
+                .on(topic.as_str()));
+            }
+            Err(_) => {
+                return Err(Error::new(
+                    ErrorCode::Timeout,
+                    "no room to publish within the timeout; the broker is slower than the publishers",
+                )
+                .on(topic.as_str()));
+            }
+        }
+        Ok(Pending(State::Waiting(rx)))
+    }
+
+    /// The resolved form of a topic.
+    pub(super) fn entry(&self, topic: &Topic) -> Result<Arc<TopicEntry>> {
+        if let Some(entry) = lock(&self.0.topics).get(topic.as_str()) {
+            return Ok(entry.clone());
+        }
+        let route = lock(&self.0.routes)
+            .find(topic)
+            .map(|(_, r)| r.clone())
+            .ok_or_else(|| no_broker(topic))?;
+        let broker = self.broker(route.primary).ok_or_else(|| no_broker(topic))?;
+        let entry = Arc::new(TopicEntry {
+            topic: topic.clone(),
+            route,
+            broker,
+            lanes: OnceCell::new(),
+        });
+        let mut topics = lock(&self.0.topics);
+        if topics.len() < MAX_TOPICS {
+            topics.insert(topic.to_string(), entry.clone());
+        }
+        Ok(entry)
+    }
+
+    async fn lane_count(&self, entry: &TopicEntry) -> u32 {
+        *entry
+            .lanes
+            .get_or_init(|| async {
+                let known = entry.broker.lanes(&entry.topic).await;
+                // While the broker is away the topology says how many there
+                // will be; the adapter looks again when it writes.
+                let wanted = self
+                    .0
+                    .topology
+                    .topic(&entry.topic)
+                    .and_then(|t| u32::try_from(t.options.partitions).ok());
+                match wanted {
+                    Some(n) if known <= 1 && entry.broker.broker_type() == BrokerType::Kafka => {
+                        n.max(1)
+                    }
+                    _ => known.max(1),
+                }
+            })
+            .await
+    }
+
+    fn lane(
+        &self,
+        entry: &TopicEntry,
+        lane: u32,
+        options: &PublishOptions,
+    ) -> Result<Arc<LaneHandle>> {
+        let address = if options.exchange.is_empty() && options.routing_key.is_empty() {
+            None
+        } else {
+            Some((options.exchange.clone(), options.routing_key.clone()))
+        };
+        let key = LaneKey {
+            topic: entry.topic.clone(),
+            lane,
+            mandatory: options.mandatory,
+            compression: options.compression,
+            address,
+        };
+        let mut lanes = lock(&self.0.lanes);
+        if let Some(handle) = lanes.get(&key) {
+            return Ok(handle.clone());
+        }
+        self.check_open()?;
+        if lanes.len() >= MAX_LANES {
+            return Err(Error::new(
+                ErrorCode::PublishFailed,
+                format!("{MAX_LANES} lanes are open already; use fewer topics in one process"),
+            )
+            .on(entry.topic.as_str()));
+        }
+        let handle = Arc::new(task::spawn(self.parts(entry, &key)));
+        lanes.insert(key, handle.clone());
+        Ok(handle)
+    }
+
+    fn parts(&self, entry: &TopicEntry, key: &LaneKey) -> task::Parts {
+        let config = &self.0.config;
+        let window = entry.broker.window();
+        let ensure = match config.auto_declare {
+            Some(true) => Some(self.source(entry)),
+            // The embedded broker makes what is missing by itself.
+            _ => None,
+        };
+        task::Parts {
+            route: entry.route.pattern.to_string(),
+            topic: entry.topic.clone(),
+            lane: key.lane,
+            broker: entry.broker.clone(),
+            options: LaneOptions {
+                window,
+                mandatory: key.mandatory,
+                compression: key.compression,
+                address: key.address.clone(),
+                ..LaneOptions::default()
+            },
+            settings: Settings {
+                via: entry.broker.broker_type(),
+                topic: entry.topic.as_str().into(),
+                window,
+                hedge: (config.hedge.min, config.hedge.max),
+                suspect_timeout: config.suspect_timeout,
+                spool: entry.route.spool,
+                budget: self.0.budget.clone(),
+                spool_wait: config.spool.wait,
+                local: is_local(&entry.route),
+                overload_pause: OVERLOAD_PAUSE,
+            },
+            ensure,
+            dead: lock(&self.0.dead).as_ref().map(|(d, _)| d.clone()),
+            changes: self.0.changes.clone(),
+            recorder: self.0.recorder.clone(),
+            fallback_usages: self.0.fallback_usages.clone(),
+            readers: self.0.readers.subscribe(),
+            closing: self.0.closing.clone(),
+        }
+    }
+
+    fn source(&self, entry: &TopicEntry) -> Source {
+        let pattern = Pattern::from(&entry.topic);
+        match entry.route.kind {
+            RouteKind::Task => Source::Queue(pattern),
+            RouteKind::Event => Source::Stream(pattern),
+        }
+    }
+
+    /// How often something was spooled.
+    pub(super) fn fallback_usages(&self) -> u64 {
+        self.0.fallback_usages.load(Relaxed)
+    }
+}
+
+/// First pause after a broker said that it is overloaded; doubles to 2 s.
+const OVERLOAD_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+
+fn no_broker(topic: &Topic) -> Error {
+    Error::new(
+        ErrorCode::BrokerUnavailable,
+        "no broker serves this topic: plug one in, or turn the fallback on",
+    )
+    .on(topic.as_str())
+}
+
+/// Fills what the message leaves open from the options.
+fn apply(
+    message: &mut Message,
+    options: &PublishOptions,
+    topic: &Topic,
+    topology: &crate::topology::Topology,
+) -> Result<()> {
+    if let Some(named) = message.topic.take()
+        && topology.canonical(&named) != topic.as_str()
+    {
+        return Err(Error::rejected(
+            ErrorCode::MessageInvalid,
+            format!("the message says topic {named:?} but is published to {topic}"),
+        )
+        .on(topic.as_str())
+        .with_id(message.id.as_str()));
+    }
+    if message.content_type.is_none() {
+        message.content_type = Some(options.content_type.clone());
+    }
+    if message.content_encoding.is_none() {
+        message
+            .content_encoding
+            .clone_from(&options.content_encoding);
+    }
+    if message.key.is_none() {
+        message.key.clone_from(&options.key);
+    }
+    if options.partition.is_some() {
+        message.partition = options.partition;
+    }
+    // Facts about an earlier reading, not wishes for this publish.
+    message.redelivered = false;
+    message.offset = None;
+    Ok(())
+}

@@ -1,0 +1,328 @@
+//! What a lane holds because its primary could not take it. Pure: no clock, no
+//! I/O; whoever owns it decides when an entry may go.
+//!
+//! Entries are ordered by the sequence number that they got when the message
+//! was admitted, whether or not it was written to the primary first. So a copy
+//! that is taken late (its confirm did not come) still stands before everything
+//! that was published after it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    hash::{BuildHasher, RandomState},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+use tokio::sync::Notify;
+
+use crate::{
+    broker::OrderKey,
+    message::{Message, Timestamp, wire::Marks},
+};
+
+/// Place of a message in its lane's publish order.
+pub(crate) type Seq = u64;
+
+/// One spooled message.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) message: Arc<Message>,
+    pub(crate) order: OrderKey,
+    pub(crate) marks: Marks,
+    pub(crate) confirm: bool,
+    /// When it was spooled, for the oldest age.
+    pub(crate) since: Timestamp,
+    /// What it holds of the budget, in bytes, from admission to its end.
+    pub(crate) size: usize,
+    /// Not before this (a retry keeps its absolute due time).
+    pub(crate) due: Option<Timestamp>,
+}
+
+/// Where an entry stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// Written to the primary and not confirmed in time; neither handed out nor
+    /// drained until its fate is known or its generation ends.
+    InDoubt,
+    /// May be handed out or drained.
+    Ready,
+    /// Being drained: written to the primary, not confirmed yet.
+    InFlight,
+    /// In a local handler's hands.
+    Leased,
+}
+
+/// The spool of one lane.
+#[derive(Debug)]
+pub(crate) struct Spool {
+    entries: BTreeMap<Seq, (Entry, Status)>,
+    /// Ready entries in publish order, for the drain.
+    ready: BTreeSet<Seq>,
+    /// Ready entries by falling priority, for local handlers.
+    by_priority: BTreeSet<(u8, Seq)>,
+    in_doubt: usize,
+    in_flight: usize,
+    leased: usize,
+    bytes: usize,
+    /// Entries that rest until a due time; while there are none nobody looks.
+    resting: usize,
+    /// How many entries that are not in flight each hash slot holds: what a new
+    /// message of the same order key must not overtake. A slot shared by two
+    /// keys only sends a message behind the drain that could have gone ahead.
+    fence: Vec<u32>,
+    hasher: RandomState,
+}
+
+/// The room that all lanes of a hub share (C8). A message takes its share when
+/// it is admitted, before it is written anywhere, and gives it back when nobody
+/// has to hold it any more: so what is in flight always fits.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    max_messages: usize,
+    max_bytes: usize,
+    messages: AtomicUsize,
+    bytes: AtomicUsize,
+    /// Rung when room came free, for lanes where somebody waits for it.
+    pub(crate) freed: Notify,
+}
+
+impl Budget {
+    pub(crate) fn new(max_messages: usize, max_bytes: usize) -> Self {
+        Self {
+            max_messages,
+            max_bytes,
+            messages: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            freed: Notify::new(),
+        }
+    }
+
+    /// Takes room for one message of `size` bytes, if there is any.
+    pub(crate) fn take(&self, size: usize) -> bool {
+        // Two counters cannot be changed at once: the first is given back when
+        // the second has no room, so a rival may see a full budget for a moment
+        // and wait for `freed`, which is rung then.
+        if self.messages.fetch_add(1, Relaxed) >= self.max_messages {
+            self.messages.fetch_sub(1, Relaxed);
+            return false;
+        }
+        if self.bytes.fetch_add(size, Relaxed) + size > self.max_bytes {
+            self.bytes.fetch_sub(size, Relaxed);
+            self.messages.fetch_sub(1, Relaxed);
+            return false;
+        }
+        true
+    }
+
+    /// Whether a message of `size` bytes would find room.
+    pub(crate) fn has_room(&self, size: usize) -> bool {
+        self.messages.load(Relaxed) < self.max_messages
+            && self.bytes.load(Relaxed) + size <= self.max_bytes
+    }
+
+    /// Gives the room of one message back.
+    pub(crate) fn give_back(&self, size: usize) {
+        self.bytes.fetch_sub(size, Relaxed);
+        self.messages.fetch_sub(1, Relaxed);
+        self.freed.notify_waiters();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn taken(&self) -> (usize, usize) {
+        (self.messages.load(Relaxed), self.bytes.load(Relaxed))
+    }
+}
+
+/// Hash slots of the fence. 4 bytes each, so memory stays flat whatever the
+/// number of keys; with 16,384 slots two keys rarely share one.
+const FENCE_SLOTS: usize = 16_384;
+
+impl Spool {
+    pub(crate) fn new() -> Self {
+        Self {
+            entries: BTreeMap::new(),
+            ready: BTreeSet::new(),
+            by_priority: BTreeSet::new(),
+            in_doubt: 0,
+            in_flight: 0,
+            leased: 0,
+            bytes: 0,
+            resting: 0,
+            // Made when the first entry comes: most lanes never spool.
+            fence: Vec::new(),
+            hasher: RandomState::new(),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn in_doubt(&self) -> usize {
+        self.in_doubt
+    }
+
+    pub(crate) fn leased(&self) -> usize {
+        self.leased
+    }
+
+    pub(crate) fn ready(&self) -> usize {
+        self.ready.len()
+    }
+
+    pub(crate) fn oldest(&self) -> Option<Timestamp> {
+        self.entries.values().next().map(|(e, _)| e.since)
+    }
+
+    pub(crate) fn status(&self, seq: Seq) -> Option<Status> {
+        self.entries.get(&seq).map(|(_, s)| *s)
+    }
+
+    pub(crate) fn get(&self, seq: Seq) -> Option<&Entry> {
+        self.entries.get(&seq).map(|(e, _)| e)
+    }
+
+    /// Adds an entry at its place in the publish order.
+    pub(crate) fn insert(&mut self, seq: Seq, entry: Entry, status: Status) {
+        self.bytes += entry.size;
+        self.resting += usize::from(entry.due.is_some());
+        let priority = entry.message.priority.value();
+        let slot = self.slot(&entry.order);
+        let old = self.entries.insert(seq, (entry, status));
+        debug_assert!(old.is_none(), "a sequence number was used twice");
+        self.enter(seq, status, priority, slot);
+    }
+
+    /// Moves an entry to another status. False when it is not there.
+    pub(crate) fn set(&mut self, seq: Seq, status: Status) -> bool {
+        let Some((entry, old)) = self.entries.get_mut(&seq) else {
+            return false;
+        };
+        let was = std::mem::replace(old, status);
+        let priority = entry.message.priority.value();
+        let order = entry.order.clone();
+        let slot = self.slot(&order);
+        self.leave(seq, was, priority, slot);
+        self.enter(seq, status, priority, slot);
+        true
+    }
+
+    /// Changes an entry in place. The message's priority, its order key and the
+    /// size must stay what they are.
+    pub(crate) fn edit(&mut self, seq: Seq, change: impl FnOnce(&mut Entry)) {
+        if let Some((entry, _)) = self.entries.get_mut(&seq) {
+            let before = usize::from(entry.due.is_some());
+            change(entry);
+            self.resting = self.resting + usize::from(entry.due.is_some()) - before;
+        }
+    }
+
+    /// Takes an entry out.
+    pub(crate) fn remove(&mut self, seq: Seq) -> Option<Entry> {
+        let (entry, status) = self.entries.remove(&seq)?;
+        self.bytes -= entry.size;
+        self.resting -= usize::from(entry.due.is_some());
+        let slot = self.slot(&entry.order);
+        self.leave(seq, status, entry.message.priority.value(), slot);
+        Some(entry)
+    }
+
+    /// The first ready entry in publish order that is due.
+    pub(crate) fn next_to_drain(&self, now: Timestamp) -> Option<Seq> {
+        self.ready
+            .iter()
+            .copied()
+            .find(|seq| self.is_due(*seq, now))
+    }
+
+    /// The first ready entry by priority, then publish order, that is due.
+    pub(crate) fn next_to_lease(&self, now: Timestamp) -> Option<Seq> {
+        self.by_priority
+            .iter()
+            .map(|(_, seq)| *seq)
+            .find(|seq| self.is_due(*seq, now))
+    }
+
+    /// When the first entry that rests becomes due.
+    pub(crate) fn next_due(&self) -> Option<Timestamp> {
+        if self.resting == 0 {
+            return None;
+        }
+        self.ready
+            .iter()
+            .filter_map(|seq| self.get(*seq).and_then(|e| e.due))
+            .min()
+    }
+
+    /// Whether a new message of this order key would overtake an entry.
+    pub(crate) fn fences(&self, order: &OrderKey) -> bool {
+        self.fence
+            .get(self.slot(order))
+            .is_some_and(|count| *count > 0)
+    }
+
+    /// Every entry that is in a status, in publish order.
+    pub(crate) fn all_in(&self, status: Status) -> Vec<Seq> {
+        self.entries
+            .iter()
+            .filter(|(_, (_, s))| *s == status)
+            .map(|(seq, _)| *seq)
+            .collect()
+    }
+
+    fn is_due(&self, seq: Seq, now: Timestamp) -> bool {
+        self.get(seq)
+            .is_some_and(|e| e.due.is_none_or(|due| due <= now))
+    }
+
+    fn slot(&self, order: &OrderKey) -> usize {
+        usize::try_from(self.hasher.hash_one(order)).unwrap_or(0) % FENCE_SLOTS
+    }
+
+    fn enter(&mut self, seq: Seq, status: Status, priority: u8, slot: usize) {
+        match status {
+            Status::InDoubt => self.in_doubt += 1,
+            Status::InFlight => self.in_flight += 1,
+            Status::Leased => self.leased += 1,
+            Status::Ready => {
+                self.ready.insert(seq);
+                self.by_priority.insert((u8::MAX - priority, seq));
+            }
+        }
+        if status != Status::InFlight {
+            if self.fence.is_empty() {
+                self.fence = vec![0; FENCE_SLOTS];
+            }
+            if let Some(count) = self.fence.get_mut(slot) {
+                *count += 1;
+            }
+        }
+    }
+
+    fn leave(&mut self, seq: Seq, status: Status, priority: u8, slot: usize) {
+        match status {
+            Status::InDoubt => self.in_doubt -= 1,
+            Status::InFlight => self.in_flight -= 1,
+            Status::Leased => self.leased -= 1,
+            Status::Ready => {
+                self.ready.remove(&seq);
+                self.by_priority.remove(&(u8::MAX - priority, seq));
+            }
+        }
+        if status != Status::InFlight {
+            if let Some(count) = self.fence.get_mut(slot) {
+                *count -= 1;
+            }
+        }
+    }
+}
