@@ -1,20 +1,29 @@
 //! The conformance suite over every broker there is. A failed check that a
 //! broker declared fails the test; the table is printed either way.
 //!
-//! `CONFORMANCE_BROKERS` (such as `embedded,kafka`) and `CONFORMANCE_CHECKS`
+//! `CONFORMANCE_BROKERS` (such as `embedded,hub over embedded`) and `CONFORMANCE_CHECKS`
 //! (parts of check names, comma-separated) choose; `CONFORMANCE_JSON` names a
 //! file for the figures.
 #![cfg(feature = "conformance")]
 
 use std::sync::Arc;
 
-use messaging_hub::conformance::{Factory, Filter, Report, Table, embedded::EmbeddedFactory, run};
+use messaging_hub::{
+    broker::MessageBroker,
+    conformance::{
+        Factory, Filter, Report, Table,
+        embedded::{self, EmbeddedFactory},
+        hub::HubFactory,
+        run,
+    },
+    hub::{HubConfig, MessagingHub},
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn every_broker_conforms() {
     let chosen = std::env::var("CONFORMANCE_BROKERS").unwrap_or_default();
     let chosen: Vec<_> = chosen.split(',').map(str::trim).collect();
-    let wanted = |name: &str| chosen.iter().any(|c| c.is_empty() || name.contains(c));
+    let wanted = |name: &str| chosen.iter().any(|c| c.is_empty() || name == *c);
     let checks = std::env::var("CONFORMANCE_CHECKS").unwrap_or_default();
     let filter = Filter::containing(&checks);
 
@@ -43,5 +52,23 @@ async fn factories(wanted: &impl Fn(&str) -> bool) -> Vec<Arc<dyn Factory>> {
     if wanted("embedded") {
         all.push(Arc::new(EmbeddedFactory::new()));
     }
+    if wanted("hub over embedded") {
+        all.push(Arc::new(hub_over_embedded()));
+    }
     all
+}
+
+/// The hub with no other broker than its fallback.
+fn hub_over_embedded() -> HubFactory {
+    let backend = Arc::new(EmbeddedFactory::new());
+    let over = backend.clone();
+    HubFactory::new("hub over embedded", over, move || {
+        let broker = backend.broker();
+        Box::pin(async move {
+            broker.connect().await?;
+            let hub = MessagingHub::new(HubConfig::default(), embedded::topology());
+            hub.set_fallback_broker(broker)?;
+            Ok(hub)
+        })
+    })
 }

@@ -31,7 +31,9 @@ impl EmbeddedFactory {
         Self::default()
     }
 
-    fn broker(&self) -> Arc<EmbeddedBroker> {
+    /// The broker, a new one where the last was closed.
+    #[must_use]
+    pub fn broker(&self) -> Arc<EmbeddedBroker> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(broker) = &*current
             && broker.is_connected()
@@ -109,7 +111,8 @@ impl Factory for EmbeddedFactory {
 }
 
 /// The places for dead letters.
-fn topology() -> Topology {
+#[must_use]
+pub fn topology() -> Topology {
     let names = Topology::default();
     Topology {
         queues: vec![QueueSpec {

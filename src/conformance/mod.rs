@@ -27,6 +27,7 @@ pub mod embedded;
 mod factory;
 mod failure;
 mod fixture;
+pub mod hub;
 pub mod ledger;
 mod log;
 #[cfg(test)]
