@@ -5,6 +5,15 @@
 //! (parts of check names, comma-separated) choose; `CONFORMANCE_JSON` names a
 //! file for the figures.
 #![cfg(feature = "conformance")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[cfg(any(feature = "rabbitmq", feature = "kafka"))]
+#[path = "support/mod.rs"]
+mod support;
+
+#[cfg(any(feature = "rabbitmq", feature = "kafka"))]
+#[path = "conformance/live.rs"]
+mod live;
 
 use std::sync::Arc;
 
@@ -54,6 +63,22 @@ async fn factories(wanted: &impl Fn(&str) -> bool) -> Vec<Arc<dyn Factory>> {
     }
     if wanted("hub over embedded") {
         all.push(Arc::new(hub_over_embedded()));
+    }
+    #[cfg(feature = "rabbitmq")]
+    for version in support::RabbitVersion::ALL {
+        if wanted(live::rabbit_name(version)) {
+            all.push(Arc::new(support::need!(
+                live::RabbitFactory::start(version).await,
+                all
+            )));
+        }
+    }
+    #[cfg(feature = "kafka")]
+    if wanted("kafka") {
+        all.push(Arc::new(support::need!(
+            live::KafkaFactory::start().await,
+            all
+        )));
     }
     all
 }
