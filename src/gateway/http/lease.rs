@@ -106,9 +106,7 @@ pub(super) async fn lease(
     }
     let lasting = lease_time(ask.lease_ms)?;
     // `max` is a most, so a smaller one is within it.
-    let mut room = app
-        .leases()
-        .reserve(ask.max.min(limits::MAX_LEASE_BATCH))?;
+    let mut room = app.leases().reserve(ask.max.min(limits::MAX_LEASE_BATCH))?;
     let taken = tokio::select! {
         taken = app.hub().lease(&queue, room.size, wait.max(limits::MIN_LEASE_WAIT)) => {
             taken.map_err(|e| Problem::from(e).on(&queue))?
