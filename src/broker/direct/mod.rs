@@ -14,6 +14,8 @@ mod call;
 mod lane_task;
 mod lanes;
 #[cfg(test)]
+mod race_tests;
+#[cfg(test)]
 pub(super) mod scripted;
 #[cfg(test)]
 mod tests;

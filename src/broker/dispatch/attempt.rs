@@ -67,9 +67,11 @@ impl Attempt {
             return self.dead_letter(failure, &settings).await;
         }
         recorder.messages_consumed.inc();
-        recorder
-            .delivery_latency
-            .record(now.since(self.received.message.timestamp));
+        if self.received.message.retry_count == 0 {
+            // A retry has rested on purpose.
+            let made = self.received.message.timestamp;
+            recorder.delivery_latency.record(now.since(made));
+        }
         let limit = settings.handler_timeout;
         if settings.auto_ack {
             return self.at_most_once(handler, &settings).await;

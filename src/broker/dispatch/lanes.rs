@@ -154,3 +154,62 @@ impl<T> Lanes<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn lane(n: u8) -> LaneId {
+        LaneId::Partition(Topic::new("events.test").unwrap(), i32::from(n))
+    }
+
+    proptest! {
+        /// Whatever is pushed, finished and rested: a lane never has two items
+        /// out, its items come in order, and all come.
+        #[test]
+        fn each_lane_gives_one_item_at_a_time_in_order(
+            steps in prop::collection::vec((0..5_u8, 0..3_u8, 0..20_u64), 0..300),
+        ) {
+            let mut lanes = Lanes::default();
+            let mut now = Instant::now();
+            let mut pushed = [0_u32; 3];
+            let mut finished = [0_u32; 3];
+            let mut out: Vec<(LaneId, u8, u32)> = Vec::new();
+            let end = std::iter::repeat_n([(1, 0, 0), (2, 0, 0), (4, 0, 20)], 400).flatten();
+            for (step, which, wait) in steps.into_iter().chain(end) {
+                let slot = usize::from(which);
+                match step {
+                    0 => {
+                        lanes.push(lane(which), (which, pushed[slot]));
+                        pushed[slot] += 1;
+                    }
+                    1 => if let Some((id, (of, n))) = lanes.pop() {
+                        prop_assert!(out.iter().all(|(other, ..)| *other != id));
+                        prop_assert_eq!(n, finished[usize::from(of)]);
+                        out.push((id, of, n));
+                    }
+                    2 if !out.is_empty() => {
+                        let (id, of, _) = out.remove(0);
+                        finished[usize::from(of)] += 1;
+                        lanes.finish(id);
+                    }
+                    3 if !out.is_empty() => {
+                        let (id, of, n) = out.remove(0);
+                        lanes.rest(id, (of, n), now + Duration::from_millis(wait));
+                    }
+                    _ => {
+                        now += Duration::from_millis(wait);
+                        lanes.wake(now);
+                    }
+                }
+            }
+            prop_assert_eq!(pushed, finished);
+            prop_assert_eq!(lanes.held(), 0);
+            prop_assert!(lanes.lanes.is_empty(), "memory follows what is unfinished");
+        }
+    }
+}

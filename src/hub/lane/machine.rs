@@ -130,6 +130,10 @@ pub(crate) struct Machine<W> {
     next_seq: Seq,
     hedge: Hedge,
     suspect_since: Option<Instant>,
+    /// The open lane answered that a message was not, or perhaps not, written:
+    /// its generation is ending, and writing to it again would only bring the
+    /// same answer until the end is seen.
+    broken: bool,
     /// The primary said that it is overloaded: nothing is written before this.
     pause_until: Option<Instant>,
     /// Doubles with each overload in a row, reset by a confirm.
@@ -170,6 +174,7 @@ impl<W> Machine<W> {
             next_seq: 1,
             hedge,
             suspect_since: None,
+            broken: false,
             pause_until: None,
             pause,
             credit: FIRST_CREDIT,
@@ -230,7 +235,7 @@ impl<W> Machine<W> {
             }
         }
         if let Some(since) = self.suspect_since
-            && self.spool.in_doubt() > 0
+            && (self.spool.in_doubt() > 0 || self.broken)
         {
             at_least(since + self.settings.suspect_timeout);
         }
@@ -297,6 +302,7 @@ impl<W> Machine<W> {
     pub(crate) fn opened(&mut self, now: Now) {
         self.opening = None;
         self.open = true;
+        self.broken = false;
         self.refused = false;
         self.pause_until = None;
         match self.state {
@@ -381,10 +387,12 @@ impl<W> Machine<W> {
                 self.overloaded(now);
             }
             (Fate::Unknown(error), fresh) => {
+                self.broken = true;
                 self.give_back(now, seq, fresh, true, &error);
                 self.become_suspect(now, "the outcome of a publish is unknown");
             }
             (Fate::Unsent(error), fresh) => {
+                self.broken = true;
                 self.give_back(now, seq, fresh, false, &error);
                 self.become_suspect(now, "the lane stopped writing");
             }
@@ -412,7 +420,7 @@ impl<W> Machine<W> {
             self.become_suspect(now, "a confirm is late");
         }
         if let Some(since) = self.suspect_since
-            && self.spool.in_doubt() > 0
+            && (self.spool.in_doubt() > 0 || self.broken)
             && since + self.settings.suspect_timeout <= now.at
         {
             self.actions.push(Action::EndGeneration);
@@ -629,6 +637,7 @@ impl<W> Machine<W> {
 
     /// Everything written and unanswered becomes ready, marked.
     fn end_generation(&mut self, now: Now, why: &'static str) {
+        self.broken = false;
         let lost = Error::unknown(ErrorCode::ConnectionClosed, why)
             .at(self.settings.via)
             .on(&*self.settings.topic);
@@ -679,6 +688,7 @@ impl<W> Machine<W> {
             && self.in_flight.is_empty()
             && self.pause_until.is_none()
             && self.open
+            && !self.broken
         {
             if self.spool.is_empty() {
                 self.go(LaneState::Primary, "every confirm came after all");
@@ -702,6 +712,7 @@ impl<W> Machine<W> {
 
     fn may_write(&self) -> bool {
         self.open
+            && !self.broken
             && self.pause_until.is_none()
             && matches!(self.state, LaneState::Primary | LaneState::Draining)
     }
@@ -752,34 +763,37 @@ impl<W> Machine<W> {
             let size = intake.message.size() + ENTRY_OVERHEAD;
             let room = !self.settings.spool || self.settings.budget.has_room(size);
             let free = self.in_flight.len() < self.settings.window;
-            let way =
-                match self.state {
-                    LaneState::Primary if self.open && self.pause_until.is_none() => {
-                        if free && room { Way::Write } else { Way::Wait }
+            let way = match self.state {
+                LaneState::Primary if self.may_write() => {
+                    if free && room {
+                        Way::Write
+                    } else {
+                        Way::Wait
                     }
-                    LaneState::Primary => Way::Wait,
-                    LaneState::Suspect | LaneState::Degraded if self.settings.spool => {
-                        if room {
+                }
+                LaneState::Primary => Way::Wait,
+                LaneState::Suspect | LaneState::Degraded if self.settings.spool => {
+                    if room {
+                        Way::Spool
+                    } else {
+                        Way::Wait
+                    }
+                }
+                LaneState::Suspect | LaneState::Degraded => Way::Wait,
+                LaneState::Draining => {
+                    if self.spool.fences(&intake.order) {
+                        if room && self.credit > 0 {
                             Way::Spool
                         } else {
                             Way::Wait
                         }
+                    } else if free && room && self.may_write() {
+                        Way::Write
+                    } else {
+                        Way::Wait
                     }
-                    LaneState::Suspect | LaneState::Degraded => Way::Wait,
-                    LaneState::Draining => {
-                        if self.spool.fences(&intake.order) {
-                            if room && self.credit > 0 {
-                                Way::Spool
-                            } else {
-                                Way::Wait
-                            }
-                        } else if free && room && self.may_write() {
-                            Way::Write
-                        } else {
-                            Way::Wait
-                        }
-                    }
-                };
+                }
+            };
             if matches!(way, Way::Wait) {
                 break;
             }
