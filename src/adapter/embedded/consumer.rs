@@ -36,16 +36,17 @@ pub(super) fn consume_queues(
     let pattern = canonical(shared, pattern)?;
     let id = shared.step(|state, now| {
         if let Some(topic) = pattern.literal()
-            && state.queue_id(&topic).is_none() {
-                if !state.config.auto_declare {
-                    state.known_queue(&topic)?;
-                }
-                let options = state
-                    .topology
-                    .queue(&topic)
-                    .map_or(arguments, |q| q.options.clone());
-                state.declare_queue(now, &topic, &options)?;
+            && state.queue_id(&topic).is_none()
+        {
+            if !state.config.auto_declare {
+                state.known_queue(&topic)?;
             }
+            let options = state
+                .topology
+                .queue(&topic)
+                .map_or(arguments, |q| q.options.clone());
+            state.declare_queue(now, &topic, &options)?;
+        }
         let consumer = QueueConsumer {
             exclusive: options.exclusive,
             auto_ack: options.auto_ack,

@@ -58,18 +58,19 @@ impl State {
                 .on(name.as_str())
         };
         if let Some(id) = self.queue_names.get(&name).copied()
-            && let Some(queue) = self.queues.get_mut(&id) {
-                if let Some((argument, is, wanted)) = differences(queue.core.options(), options)
-                    .into_iter()
-                    .next()
-                {
-                    return Err(failed(format!(
-                        "the queue exists with {argument} = {is}, not {wanted}; delete it first or declare it as it is"
-                    )));
-                }
-                queue.core.touch(now);
-                return Ok(id);
+            && let Some(queue) = self.queues.get_mut(&id)
+        {
+            if let Some((argument, is, wanted)) = differences(queue.core.options(), options)
+                .into_iter()
+                .next()
+            {
+                return Err(failed(format!(
+                    "the queue exists with {argument} = {is}, not {wanted}; delete it first or declare it as it is"
+                )));
             }
+            queue.core.touch(now);
+            return Ok(id);
+        }
         if self.stream_names.contains_key(&name) {
             return Err(failed(
                 "a stream has this name; a topic is either a queue or a stream".to_owned(),

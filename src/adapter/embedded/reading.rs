@@ -32,11 +32,12 @@ impl State {
         if let Some(name) = &reader.group {
             let group = self.groups.get(name);
             if let Some(instance) = &reader.instance
-                && group.is_some_and(|g| g.has_instance(instance)) {
-                    return refuse(format!(
-                        "the group {name:?} has a live member with the instance id {instance:?}"
-                    ));
-                }
+                && group.is_some_and(|g| g.has_instance(instance))
+            {
+                return refuse(format!(
+                    "the group {name:?} has a live member with the instance id {instance:?}"
+                ));
+            }
             let starts_nowhere =
                 reader.reset == OffsetReset::None && reader.start == StartFrom::Latest;
             if starts_nowhere {
@@ -353,14 +354,15 @@ impl State {
         if let Some(cursor) = &mut cursor {
             cursor.truncate(log.low(), resume);
         } else if let Some(position) = reader.positions.get_mut(&key)
-            && *position < log.low() {
-                tracing::warn!(
-                    stream = %stream.name,
-                    partition = key.1,
-                    "a reader was overtaken by retention and goes on at the oldest message"
-                );
-                *position = resume;
-            }
+            && *position < log.low()
+        {
+            tracing::warn!(
+                stream = %stream.name,
+                partition = key.1,
+                "a reader was overtaken by retention and goes on at the oldest message"
+            );
+            *position = resume;
+        }
         let mut left = most;
         while left > 0 && !batch.full {
             let (offset, again) = if let Some(cursor) = &mut cursor {
@@ -576,9 +578,10 @@ impl State {
                     continue;
                 };
                 if cursor.committed().is_none()
-                    && let Some(log) = stream.core.partition(key.1) {
-                        cursor.start(start(reader, &stream.name, key.1, log));
-                    }
+                    && let Some(log) = stream.core.partition(key.1)
+                {
+                    cursor.start(start(reader, &stream.name, key.1, log));
+                }
             }
         }
         let _ = now;
@@ -618,10 +621,11 @@ impl State {
 
     fn wake_reader(&mut self, id: ConsumerId) {
         if let Some(reader) = self.readers.get_mut(&id)
-            && !reader.woken {
-                reader.woken = true;
-                self.wakes.push(reader.notify.clone());
-            }
+            && !reader.woken
+        {
+            reader.woken = true;
+            self.wakes.push(reader.notify.clone());
+        }
     }
 
     fn wake_group(&mut self, name: &str) {

@@ -307,11 +307,12 @@ impl Partition {
                 continue;
             };
             if let Some(key) = &message.key
-                && !seen.insert(key.clone()) {
-                    record.content = None;
-                    freed += record.bytes;
-                    record.bytes = 0;
-                }
+                && !seen.insert(key.clone())
+            {
+                record.content = None;
+                freed += record.bytes;
+                record.bytes = 0;
+            }
         }
         self.bytes -= freed;
         self.compacted = self.high();

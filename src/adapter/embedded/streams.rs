@@ -58,11 +58,11 @@ impl State {
                 && let Some((setting, is, wanted)) = differences(stream.core.options(), options)
                     .into_iter()
                     .next()
-                {
-                    return Err(failed(&format!(
-                        "the stream exists with {setting} = {is}, not {wanted}; delete it first or create it as it is"
-                    )));
-                }
+            {
+                return Err(failed(&format!(
+                    "the stream exists with {setting} = {is}, not {wanted}; delete it first or create it as it is"
+                )));
+            }
             return Ok(id);
         }
         if self.queue_id(&name).is_some() {
