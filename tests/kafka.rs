@@ -8,5 +8,11 @@ mod support;
 #[path = "kafka/common.rs"]
 mod common;
 
+#[path = "kafka/consuming.rs"]
+mod consuming;
+
+#[path = "kafka/faults.rs"]
+mod faults;
+
 #[path = "kafka/publishing.rs"]
 mod publishing;
