@@ -333,6 +333,23 @@ async fn a_pattern_covers_topics_and_earliest_begins_at_the_oldest() {
 }
 
 #[tokio::test]
+async fn a_resumed_pattern_has_what_came_on_topics_that_were_new_meanwhile() {
+    let hub = Hub::start();
+    for id in ["old1", "old2"] {
+        publish(&hub, "user.created", id).await;
+    }
+    let mut events = Events::open(&hub, &[("pattern", "user.*")], None).await;
+    publish(&hub, "user.created", "u1").await;
+    let (cursor, first) = events.next().await.unwrap();
+    assert_eq!(first["id"], "u1");
+    drop(events);
+    publish(&hub, "user.created", "u2").await;
+    publish(&hub, "user.deleted", "u3").await;
+    let mut events = Events::open(&hub, &[("pattern", "user.*")], Some(&cursor)).await;
+    assert_eq!(sorted(events.ids(2).await), ["u2", "u3"]);
+}
+
+#[tokio::test]
 async fn a_group_goes_on_after_what_was_written_to_its_socket() {
     let hub = Hub::start();
     publish(&hub, "user.created", "g1").await;
