@@ -223,7 +223,12 @@ impl MessagingHub {
                 .iter()
                 .map(|b| {
                     let state = b.connection().borrow().clone();
+                    let health = lock(&self.0.health).get(&b.broker_type()).cloned();
+                    let probe = health.as_ref().and_then(|h| h.last());
                     BrokerState {
+                        breaker: health.as_ref().map(|h| h.state()),
+                        last_probe: probe.as_ref().map(|(at, _)| *at),
+                        probe_error: probe.and_then(|(_, error)| error),
                         kind: b.broker_type(),
                         connected: state.connected,
                         reason: state.reason.map(|r| r.to_string()),

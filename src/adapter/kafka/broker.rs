@@ -265,7 +265,7 @@ impl MessageBroker for KafkaBroker {
                 backend.config.compression,
                 backend.config.batch_size,
             )?;
-            let asker = backend.admin.asker().await?;
+            let asker = backend.admin.asker()?;
             let (found, finds) = mpsc::channel(1);
             let probe = Arc::new(Probe::start(
                 asker,
@@ -426,7 +426,9 @@ impl MessageBroker for KafkaBroker {
                 // are as large as configured.
                 tracing::debug!(target: "messaging_hub::kafka", %error, "max.message.bytes is not known");
             }
-            self.backend.publisher.open(topic, options)
+            self.backend
+                .publisher
+                .open(topic, facts.partitions, options)
         };
         tokio::time::timeout(options.open_timeout, open)
             .await
@@ -582,6 +584,13 @@ impl EventStreamBroker for KafkaBroker {
             return Err(invalid("an offset must not be negative").on(topic.as_str()));
         }
         groups::seek(&self.backend, group, topic, partition, to).await
+    }
+}
+
+impl Drop for KafkaBroker {
+    fn drop(&mut self) {
+        // Not closed, just forgotten: the probe ends with the preparer.
+        self.closing.cancel();
     }
 }
 
