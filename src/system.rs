@@ -19,6 +19,10 @@ use crate::{
     topology::Topology,
 };
 
+/// How long a start waits for brokers when there is a fallback. Long enough for
+/// a busy broker to accept, and for wrong credentials to be told.
+const START_PATIENCE: Duration = Duration::from_secs(5);
+
 type Factory = Box<dyn Fn() -> Arc<dyn MessageBroker> + Send + Sync>;
 
 /// A hub with the brokers of a configuration.
@@ -156,7 +160,23 @@ impl MessagingSystem {
         // Side by side: a broker that is away takes its whole time-out.
         let brokers: Vec<Arc<dyn MessageBroker>> =
             [rabbitmq, kafka].into_iter().flatten().collect();
-        let attempts = brokers.iter().map(|b| b.connect());
+        // With a fallback nobody has to wait for one that gives no answer at all:
+        // it goes on trying by itself, and joins when it appears.
+        let patience = if fallback {
+            START_PATIENCE
+        } else {
+            Duration::from_secs(u64::from(u16::MAX))
+        };
+        let attempts = brokers.iter().map(|b| async {
+            tokio::time::timeout(patience, b.connect())
+                .await
+                .unwrap_or_else(|_| {
+                    Err(Error::new(
+                        ErrorCode::ConnectionTimeout,
+                        "no answer yet; still trying in the background",
+                    ))
+                })
+        });
         for (broker, outcome) in brokers
             .iter()
             .zip(futures_util::future::join_all(attempts).await)

@@ -378,10 +378,6 @@ fn what_asks_for_the_tcp_gateway_is_refused_by_name() {
         refusal("server: {tcp: '127.0.0.1:9080'}", &[]),
         "server.tcp: this version has no TCP gateway; leave it out"
     );
-    assert_eq!(
-        env_refusal(&[("MESSAGING_DATA_DIR", "/var/lib/hub")]),
-        "data_dir: this version keeps nothing on disk; leave it out (the spool is in memory)"
-    );
 }
 
 #[test]

@@ -185,15 +185,19 @@ fn report(name: &str, records: &[Record], verdict: &ledger::Verdict, outage: (In
         .get(during.len().saturating_sub(1) * 99 / 100)
         .copied()
         .unwrap_or_default();
-    let worst = records.iter().map(|r| r.took).max().unwrap_or_default();
+    let slowest = records.iter().max_by_key(|r| r.took).expect("records");
+    let worst = slowest.took;
+    let at = slowest.started.saturating_duration_since(outage.0);
     println!(
-        "{name}: {} published, {} spooled; during the outage ({} publishes) p99 {p99:?}; worst of all {worst:?}; {verdict}",
+        "{name}: {} published, {} spooled; during the outage ({} publishes) p99 {p99:?}; worst of all {worst:?} ({:?}, {at:?} after the kill; restart after {:?}); {verdict}",
         records.len(),
         records
             .iter()
             .filter(|r| r.outcome == ledger::Outcome::Spooled)
             .count(),
         during.len(),
+        slowest.outcome,
+        outage.1 - outage.0,
     );
 }
 

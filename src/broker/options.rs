@@ -180,7 +180,7 @@ impl Default for SubscribeOptions {
             auto_ack: false,
             exclusive: false,
             queue_arguments: BTreeMap::new(),
-            prefetch: 10,
+            prefetch: Self::DEFAULT_PREFETCH,
             concurrency: None,
             group_id: None,
             group_instance_id: None,
@@ -202,6 +202,9 @@ impl Default for SubscribeOptions {
 }
 
 impl SubscribeOptions {
+    /// The prefetch of a subscription that says nothing.
+    pub const DEFAULT_PREFETCH: u16 = 10;
+
     /// Defaults, with a group.
     pub fn group(id: impl Into<String>) -> Self {
         Self {

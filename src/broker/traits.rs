@@ -71,6 +71,11 @@ pub trait MessageBroker: Send + Sync + 'static {
         self.recorder().snapshot()
     }
 
+    /// Whether its publishes are confirmed; without, they end in `Sent`.
+    fn confirms(&self) -> bool {
+        true
+    }
+
     /// Messages in flight that a lane of this broker does well with.
     fn window(&self) -> usize {
         1000

@@ -6,6 +6,7 @@
 
 mod client;
 mod config;
+mod data;
 mod publish;
 mod serve;
 mod sse;

@@ -44,12 +44,14 @@ impl Serve {
                 "--tcp cannot be honoured: this version has no TCP gateway; leave it out",
             ));
         }
-        if self.data.is_some() {
-            return Err(Failure::usage(
-                "--data cannot be honoured: this version has no journal and keeps nothing on disk; leave it out",
-            ));
-        }
         let mut config = load(self.config.as_deref())?;
+        if let Some(data) = self.data {
+            config.data_dir = Some(data);
+        }
+        let _folder = match &config.data_dir {
+            Some(dir) => Some(super::data::DataFolder::take(dir)?),
+            None => None,
+        };
         if let Some(http) = self.http {
             config.server.http = http;
         }

@@ -65,7 +65,8 @@ pub struct MessagingConfig {
     /// whole messages; and Kafka topics must allow it.
     pub max_message_bytes: u64,
     /// Folder for what survives the process. Default: none, all in memory.
-    /// Refused as long as [`HAS_JOURNAL`] is false.
+    /// It is made, and held by one hub at a time; the spool itself is in memory in
+    /// this version, which `weakened` says.
     pub data_dir: Option<PathBuf>,
     /// What is logged, and how.
     pub log: LogConfig,
@@ -203,9 +204,6 @@ pub(crate) fn split_list(text: &str) -> Vec<String> {
         .map(str::to_owned)
         .collect()
 }
-
-/// Whether this version keeps messages in a data folder.
-pub const HAS_JOURNAL: bool = false;
 
 /// Whether this version has the TCP gateway.
 pub const HAS_TCP_GATEWAY: bool = false;

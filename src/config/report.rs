@@ -62,12 +62,12 @@ impl MessagingConfig {
             Some(k) => line(&mut out, "kafka", &k.brokers.join(", ")),
             None => line(&mut out, "kafka", "not used"),
         }
-        let fallback = match (self.fallback.enabled, &self.data_dir) {
-            (false, _) => "off".to_owned(),
-            (true, None) => "in memory".to_owned(),
-            (true, Some(dir)) => format!("in {}", dir.display()),
+        let fallback = if self.fallback.enabled {
+            "in memory"
+        } else {
+            "off"
         };
-        line(&mut out, "embedded", &fallback);
+        line(&mut out, "embedded", fallback);
         let _ = writeln!(
             out,
             "http: {}\nlargest message: {} bytes\ntopology: {} queues, {} topics",

@@ -40,8 +40,12 @@ pub fn weakened(config: &MessagingConfig) -> Vec<Weakened> {
         );
     } else {
         if config.fallback.kind == FallbackKind::Memory {
+            let what = match &config.data_dir {
+                Some(_) => "the fallback keeps messages in memory, data_dir notwithstanding",
+                None => "the fallback keeps messages in memory",
+            };
             found.add(
-                "the fallback keeps messages in memory",
+                what,
                 "C2",
                 "what is spooled survives the brokers, but not this process",
             );
@@ -60,7 +64,7 @@ pub fn weakened(config: &MessagingConfig) -> Vec<Weakened> {
         found.add(
             format!("HTTP listens on {}", config.server.http),
             "security",
-            "everyone who reaches it may publish and read",
+            "it is beyond loopback; everyone who has the token may publish and read",
         );
     }
     found.0

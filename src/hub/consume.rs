@@ -373,6 +373,9 @@ impl MessagingHub {
 
     fn retry_delay(&self, source: &Source) -> Duration {
         let retry = &self.0.config.retry;
+        if let Ok(Some(delay)) = self.route_of(source.pattern()).map(|r| r.retry_delay) {
+            return delay;
+        }
         match source {
             Source::Queue(_) => retry.task_delay,
             Source::Stream(_) => retry.event_delay,

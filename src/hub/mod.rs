@@ -262,6 +262,7 @@ impl MessagingHub {
                     primary,
                     spool,
                     during_outage,
+                    retry_delay: r.retry_delay,
                 })
             });
         RouteTable::new(routes.collect())
@@ -371,11 +372,9 @@ impl Inner {
         let spool = self.config.fallback_enabled
             && self.config.use_fallback_on_error
             && brokers.fallback.is_some();
-        spool
-            || [&brokers.task, &brokers.event]
-                .into_iter()
-                .flatten()
-                .any(|b| b.is_connected())
+        let mut primaries = [&brokers.task, &brokers.event].into_iter().flatten();
+        // Without any other broker the embedded one is the primary.
+        spool || primaries.all(|b| b.is_connected())
     }
 }
 

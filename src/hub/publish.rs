@@ -212,6 +212,20 @@ impl MessagingHub {
             .on(topic.as_str())
             .with_id(message.id.as_str()));
         }
+        let scheduled = message.task.as_ref().and_then(|t| t.scheduled_at);
+        if scheduled.is_some_and(|at| at > crate::message::Timestamp::now())
+            && entry.broker.broker_type() != BrokerType::InMemory
+        {
+            return Err(Error::rejected(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "scheduled_at lies in the future, and {} hands out at once; leave it out or publish later",
+                    entry.broker.broker_type()
+                ),
+            )
+            .on(topic.as_str())
+            .with_id(message.id.as_str()));
+        }
         let seen = if message.id.is_generated() {
             None
         } else {
@@ -237,7 +251,7 @@ impl MessagingHub {
             .add(message.payload.len() as u64);
         let item = Item {
             order,
-            confirm: options.confirm,
+            confirm: options.confirm && entry.broker.confirms(),
             deadline: since + options.timeout,
             waiter: Waiter {
                 id: message.id.clone(),
@@ -445,7 +459,7 @@ fn apply(
     {
         return Err(Error::rejected(
             ErrorCode::MessageInvalid,
-            format!("the message says topic {named:?} but is published to {topic}"),
+            format!("the message names the topic {named:?}, but it was published to {topic}; leave topic out, or publish it there"),
         )
         .on(topic.as_str())
         .with_id(message.id.as_str()));

@@ -1,5 +1,7 @@
 //! Routing: which broker a topic belongs to. Pure; resolved once per topic.
 
+use std::time::Duration;
+
 use crate::{broker::BrokerType, topic::Pattern};
 
 pub use crate::config::{DuringOutage, RouteKind, RouteSettings};
@@ -17,6 +19,8 @@ pub struct Route {
     pub spool: bool,
     /// Who gets spooled messages during an outage.
     pub during_outage: DuringOutage,
+    /// Delay of a failed message; none: the kind's.
+    pub retry_delay: Option<Duration>,
 }
 
 /// All routes; the first that matches holds.
@@ -82,6 +86,7 @@ mod tests {
                     primary: BrokerType::InMemory,
                     spool: false,
                     during_outage: DuringOutage::Hold,
+                    retry_delay: None,
                 })
                 .collect(),
         )

@@ -254,6 +254,10 @@ impl MessageBroker for KafkaBroker {
         BrokerType::Kafka
     }
 
+    fn window(&self) -> usize {
+        self.backend.config.window
+    }
+
     async fn connect(&self) -> Result<()> {
         self.open()?;
         let mut running = self.running.lock().await;
@@ -410,16 +414,12 @@ impl MessageBroker for KafkaBroker {
         }
         let open = async {
             let facts = self.backend.known_or_made(topic).await?;
+            // A lane beyond the partitions was numbered while the cluster was
+            // away and its topic thought larger. It still keeps its keys in
+            // order: each record's partition is worked out when it is written.
             if lane >= u32::try_from(facts.partitions).unwrap_or(0) {
-                return Err(Error::rejected(
-                    ErrorCode::TopicNotFound,
-                    format!(
-                        "lane {lane} does not exist, the topic has {} partitions",
-                        facts.partitions
-                    ),
-                )
-                .at(BrokerType::Kafka)
-                .on(topic.as_str()));
+                tracing::info!(target: "messaging_hub::kafka", %topic, lane,
+                    partitions = facts.partitions, "a lane is numbered beyond the partitions");
             }
             if let Err(error) = self.backend.admin.learn_limit(topic).await {
                 // Describing needs a permission of its own; without it batches

@@ -2,37 +2,45 @@
 
 use std::time::Duration;
 
-/// Pauses that double from a first to a longest one. Pure: it only says how
-/// long.
-#[derive(Clone, Debug)]
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+
+/// Pauses that double from a first to a longest one: it only says how long.
+#[derive(Debug)]
 pub(super) struct Backoff {
-    first: Duration,
+    builder: ExponentialBuilder,
+    steps: ExponentialBackoff,
     longest: Duration,
-    next: Duration,
 }
 
 impl Backoff {
     /// Pauses from `first` to `longest`.
     pub(super) fn new(first: Duration, longest: Duration) -> Self {
         let first = first.max(Duration::from_millis(1));
+        let longest = longest.max(first);
+        // Jitter adds up to a whole step, so each step is half of what is meant:
+        // the pause lies between half and the whole of it, and many clients of
+        // one broker do not come back at the same instant.
+        let builder = ExponentialBuilder::new()
+            .with_min_delay(first / 2)
+            .with_max_delay(longest / 2)
+            .with_factor(2.0)
+            .with_jitter()
+            .without_max_times();
         Self {
-            first,
-            longest: longest.max(first),
-            next: first,
+            builder,
+            steps: builder.build(),
+            longest,
         }
     }
 
     /// Begins again with the first pause.
     pub(super) fn reset(&mut self) {
-        self.next = self.first;
+        self.steps = self.builder.build();
     }
 
-    /// The next pause: between half and the whole of its step, so that many
-    /// clients of one broker do not come back at the same instant.
+    /// The next pause.
     pub(super) fn pause(&mut self) -> Duration {
-        let step = self.next;
-        self.next = (step * 2).min(self.longest);
-        step.mul_f64(0.5 + fastrand::f64() / 2.0)
+        self.steps.next().unwrap_or(self.longest)
     }
 }
 

@@ -92,6 +92,14 @@ impl MessageBroker for RabbitMqBroker {
         BrokerType::RabbitMq
     }
 
+    fn window(&self) -> usize {
+        self.shared.config.window
+    }
+
+    fn confirms(&self) -> bool {
+        self.shared.config.publisher_confirm
+    }
+
     async fn connect(&self) -> Result<()> {
         let outcome = {
             let mut supervisor = self.supervisor.lock().await;

@@ -168,6 +168,9 @@ impl Group {
                 tag: self.options.consumer_tag.clone().unwrap_or_else(made),
                 prefetch: if stream {
                     u16::try_from(self.options.max_poll_records).unwrap_or(u16::MAX)
+                } else if self.options.prefetch == SubscribeOptions::DEFAULT_PREFETCH {
+                    // A subscription that carries the default has said nothing.
+                    self.shared.config.prefetch_count
                 } else {
                     self.options.prefetch
                 },

@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
 use super::{TlsConfig, error::unsupported};
 use crate::error::Result;
@@ -33,10 +34,7 @@ pub(super) fn load(config: Option<&TlsConfig>) -> Result<OwnedTLSConfig> {
             let pem = read(cert, "cert_file")?;
             check_certificates(&pem, cert, "cert_file")?;
             let key_pem = read(key, "key_file")?;
-            if !matches!(
-                rustls_pemfile::private_key(&mut key_pem.as_slice()),
-                Ok(Some(_))
-            ) {
+            if PrivateKeyDer::from_pem_slice(&key_pem).is_err() {
                 return Err(unsupported(format!(
                     "rabbitmq.tls.key_file {}: no unencrypted private key in PEM form in it",
                     key.display()
@@ -62,7 +60,7 @@ fn read(path: &Path, setting: &str) -> Result<Vec<u8>> {
 }
 
 fn check_certificates(pem: &[u8], path: &Path, setting: &str) -> Result<()> {
-    let found = rustls_pemfile::certs(&mut &*pem)
+    let found = CertificateDer::pem_slice_iter(pem)
         .filter(std::result::Result::is_ok)
         .count();
     if found == 0 {

@@ -6,9 +6,7 @@ mod brokers;
 
 use std::{fmt, time::Duration};
 
-use super::{
-    DuringOutage, HAS_JOURNAL, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, settings::split_address,
-};
+use super::{DuringOutage, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, settings::split_address};
 use crate::{broker::BrokerType, topology::TopologyMode};
 
 /// One thing that is wrong.
@@ -67,12 +65,6 @@ impl MessagingConfig {
             found.add(
                 "max_message_bytes",
                 "must be 1 to 134217728 (128 MiB, RabbitMQ's own limit)",
-            );
-        }
-        if self.data_dir.is_some() && !HAS_JOURNAL {
-            found.add(
-                "data_dir",
-                "this version keeps nothing on disk; leave it out (the spool is in memory)",
             );
         }
         if split_address(&self.server.http).is_none() {
@@ -158,6 +150,12 @@ impl MessagingConfig {
                 found.add(
                     format!("{path}.primary"),
                     "Kafka has no task queues; use rabbitmq or inmemory, or kind: event",
+                );
+            }
+            if route.kind == RouteKind::Event && route.during_outage == Some(DuringOutage::Local) {
+                found.add(
+                    format!("{path}.during_outage"),
+                    "local is for tasks: spooled events are held for their groups, and live readers read along anyway; leave it out",
                 );
             }
             if !route.spool && route.during_outage == Some(DuringOutage::Local) {

@@ -9,19 +9,11 @@ use crate::{error::Error, message::Message};
 ///
 /// A message that was read from the hub can be published as it stands: what is
 /// set for readers only (`redelivered`, `offset`) is taken off. A `topic` in it
-/// must be the one that is published to.
+/// must be the one that is published to, by whichever of its names; the hub
+/// knows them and checks that.
 pub(super) fn parse(json: &[u8], topic: &str) -> Result<Message, Problem> {
     let mut message: Message = serde_json::from_slice(json)
         .map_err(|e| Problem::invalid(format!("the envelope is not a message: {e}")).on(topic))?;
-    if let Some(named) = message.topic.take()
-        && named != topic
-    {
-        return Err(Problem::invalid(format!(
-            "the envelope names the topic {named:?}, but it was sent to {topic:?}; leave topic out, or send it there"
-        ))
-        .on(topic)
-        .with_id(message.id.as_str()));
-    }
     message.redelivered = false;
     message.offset = None;
     lower_case_headers(message).map_err(|e| Problem::from(e).on(topic))
@@ -85,7 +77,7 @@ mod tests {
     #[test]
     fn what_only_readers_get_is_taken_off() {
         let m = parse(br#"{"topic":"t","redelivered":true,"offset":9}"#, "t").unwrap();
-        assert!(!m.redelivered && m.offset.is_none() && m.topic.is_none());
+        assert!(!m.redelivered && m.offset.is_none());
     }
 
     #[test]
@@ -94,7 +86,6 @@ mod tests {
             (&br#"{"paylod":""}"#[..], "paylod"),
             (br#"{"payload":"%"}"#, "base64"),
             (br#"{"id":""}"#, "id"),
-            (br#"{"topic":"other"}"#, "other"),
             (br#"{"priority":11}"#, "11"),
             (br#"{"headers":{"A":"1","a":"2"}}"#, "twice"),
             (br#"[1]"#, "message"),

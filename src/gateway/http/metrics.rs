@@ -16,6 +16,7 @@ use super::{App, problem::Problem};
 use crate::{
     hub::{
         HubMetrics,
+        breaker::BreakerState,
         state::{HubState, LaneState},
     },
     metrics::{BrokerMetrics, Histogram},
@@ -245,17 +246,18 @@ impl Page {
         ] {
             self.gauges(name, help, &["route"], rows)?;
         }
-        // The breaker of a route is open while nothing is written to its
-        // primary, half-open while the drain tries it.
-        let breaker = named(|r| match r.state {
-            LaneState::Primary => 0.0,
-            LaneState::Draining => 1.0,
-            LaneState::Suspect | LaneState::Degraded => 2.0,
+        let breaker = state.brokers.iter().filter_map(|b| {
+            let value = match b.breaker? {
+                BreakerState::Closed => 0.0,
+                BreakerState::HalfOpen => 1.0,
+                BreakerState::Open => 2.0,
+            };
+            Some((vec![b.kind.as_str()], value))
         });
         self.gauges(
             "messaging_breaker_state",
             "0 closed, 1 half-open, 2 open",
-            &["route"],
+            &["broker"],
             breaker,
         )?;
         let connected = state
