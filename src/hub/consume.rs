@@ -304,6 +304,7 @@ impl MessagingHub {
             connection: broker.connection(),
             local,
             group,
+            closing: self.0.closing.clone(),
             buffer: options.buffer_size,
         });
         self.0.tasks.spawn(task);

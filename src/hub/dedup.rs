@@ -200,6 +200,10 @@ impl<T> DedupWindow<T> {
     }
 
     /// Notes that an id was handled, as read from a journal, oldest first.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "the journal will restore windows with it")
+    )]
     pub(crate) fn restore(&mut self, at: Timestamp, (topic, id): (&str, &str), attempt: u32) {
         let id = self.hasher.hash(topic, id);
         self.note(at, id, attempt, true);
@@ -208,6 +212,10 @@ impl<T> DedupWindow<T> {
 
     /// Forgets an id that was handled, so that it is handled again: a dead
     /// letter that is replayed under its own id.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "reprocessing a dead letter will need it")
+    )]
     pub(crate) fn forget(&mut self, (topic, id): (&str, &str)) {
         let id = self.hasher.hash(topic, id);
         self.settled.remove(&id);
@@ -221,6 +229,13 @@ impl<T> DedupWindow<T> {
 
     /// Drops parked deliveries that `keep` does not want: those of a generation
     /// that has ended, which come again by themselves.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "consumers that end a generation will drop their parked copies with it"
+        )
+    )]
     pub(crate) fn retain_parked(&mut self, mut keep: impl FnMut(&T) -> bool) {
         for leased in self.leased.values_mut() {
             leased.parked.retain(|(_, token)| keep(token));
@@ -233,11 +248,13 @@ impl<T> DedupWindow<T> {
     }
 
     /// Ids that it knows as handled.
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.settled.len()
     }
 
     /// Deliveries that are parked.
+    #[cfg(test)]
     pub(crate) fn parked(&self) -> usize {
         self.leased.values().map(|l| l.parked.len()).sum()
     }

@@ -186,6 +186,7 @@ impl<O: Clone, J> IntakeWindow<O, J> {
     }
 
     /// Ids that it knows, in flight or done.
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }

@@ -9,11 +9,13 @@
 mod accepted;
 mod admin;
 mod batch;
+pub mod breaker;
 mod close;
 mod consume;
 mod dead;
 mod dedup;
 mod group;
+mod health;
 mod intake;
 mod lane;
 mod metrics;
@@ -41,8 +43,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
     accepted::Accepted,
+    breaker::Breaker,
     dead::DeadLetters,
     group::Group,
+    health::Health,
     lane::task::{LaneHandle, Readers},
     publish::{LaneKey, TopicEntry},
     route::{DuringOutage, Route, RouteKind, RouteTable},
@@ -81,6 +85,7 @@ struct Inner {
     readers: Arc<watch::Sender<Readers>>,
     changes: broadcast::Sender<StateChange>,
     recorder: Arc<MetricsRecorder>,
+    health: Mutex<HashMap<BrokerType, Arc<Health>>>,
     drain_rates: Mutex<metrics::DrainRates>,
     subscriptions: Mutex<Vec<Running>>,
     weakened: Mutex<Vec<Weakness>>,
@@ -150,6 +155,7 @@ impl MessagingHub {
             readers: Arc::new(watch::channel(Readers::default()).0),
             changes: broadcast::channel(CHANGES_BOUND).0,
             recorder: Arc::default(),
+            health: Mutex::default(),
             drain_rates: Mutex::default(),
             subscriptions: Mutex::default(),
             weakened: Mutex::default(),
@@ -161,12 +167,12 @@ impl MessagingHub {
         }))
     }
 
-    /// Plugs in the broker for tasks.
+    /// Plugs in the broker for tasks. Within a Tokio runtime.
     pub fn set_task_queue_broker(&self, broker: Arc<dyn MessageBroker>) {
         self.plug(|b| b.task = Some(broker));
     }
 
-    /// Plugs in the broker for events.
+    /// Plugs in the broker for events. Within a Tokio runtime.
     pub fn set_event_stream_broker(&self, broker: Arc<dyn MessageBroker>) {
         self.plug(|b| b.event = Some(broker));
     }
@@ -198,8 +204,32 @@ impl MessagingHub {
         change(&mut brokers);
         let table = self.table(&brokers);
         *lock(&self.0.routes) = Arc::new(table);
+        drop(brokers);
         // What was resolved before may belong to another broker now.
         lock(&self.0.topics).clear();
+        self.watch_health();
+    }
+
+    /// Starts a prober for each broker that has none.
+    fn watch_health(&self) {
+        for broker in self.all_brokers() {
+            let kind = broker.broker_type();
+            if kind == BrokerType::InMemory || lock(&self.0.health).contains_key(&kind) {
+                continue;
+            }
+            let breaker = &self.0.config.breaker;
+            let health = Arc::new(Health::new(Breaker::new(
+                breaker.threshold,
+                breaker.timeout,
+            )));
+            lock(&self.0.health).insert(kind, health.clone());
+            self.0.tasks.spawn(health::probe(
+                broker,
+                health,
+                self.0.config.health_check_interval,
+                self.0.closing.clone(),
+            ));
+        }
     }
 
     /// The routes as the plugged-in brokers allow them.

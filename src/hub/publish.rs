@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
 };
 
-use tokio::sync::{OnceCell, oneshot};
+use tokio::sync::{OnceCell, mpsc, oneshot};
 
 use super::{
     MessagingHub,
@@ -225,7 +225,6 @@ impl MessagingHub {
         let lane = entry
             .broker
             .lane_of(topic, &order, message.partition, lanes);
-        let handle = self.lane(&entry, lane, options)?;
         let (answer, rx) = oneshot::channel();
         self.0.recorder.messages_published.inc();
         self.0
@@ -244,16 +243,9 @@ impl MessagingHub {
             },
             message: Arc::new(message),
         };
-        let remaining = options.timeout.saturating_sub(since.elapsed());
-        match tokio::time::timeout(remaining, handle.intake.reserve()).await {
-            Ok(Ok(permit)) => permit.send(item),
-            Ok(Err(_)) => {
-                return Err(Error::new(
-                    ErrorCode::OperationCanceled,
-                    "the hub is shutting down and accepts nothing new",
-                )
-                .on(topic.as_str()));
-            }
+        let until = tokio::time::Instant::from_std(since) + options.timeout;
+        match tokio::time::timeout_at(until, self.room(&entry, lane, options)).await {
+            Ok(permit) => permit?.send(item),
             Err(_) => {
                 return Err(Error::new(
                     ErrorCode::Timeout,
@@ -261,8 +253,27 @@ impl MessagingHub {
                 )
                 .on(topic.as_str()));
             }
-        }
+        };
         Ok(Pending(State::Waiting(rx)))
+    }
+
+    /// Waits for room in front of a lane.
+    async fn room(
+        &self,
+        entry: &TopicEntry,
+        lane: u32,
+        options: &PublishOptions,
+    ) -> Result<mpsc::OwnedPermit<Item>> {
+        loop {
+            let handle = self.lane(entry, lane, options)?;
+            if let Ok(permit) = handle.intake.clone().reserve_owned().await {
+                return Ok(permit);
+            }
+            // The lane's task is gone: the hub closes, or the runtime that ran
+            // the task did. Then another lane takes its place, once.
+            self.check_open()?;
+            lock(&self.0.lanes).retain(|_, h| !Arc::ptr_eq(h, &handle));
+        }
     }
 
     /// The resolved form of a topic.
@@ -378,6 +389,9 @@ impl MessagingHub {
                 overload_pause: OVERLOAD_PAUSE,
             },
             ensure,
+            health: lock(&self.0.health)
+                .get(&entry.broker.broker_type())
+                .cloned(),
             dead: lock(&self.0.dead).as_ref().map(|(d, _)| d.clone()),
             changes: self.0.changes.clone(),
             recorder: self.0.recorder.clone(),

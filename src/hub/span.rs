@@ -28,6 +28,8 @@ pub(crate) struct Parts {
     /// Where spooled messages come from, with what must be done to end that.
     pub(crate) local: Option<Local>,
     pub(crate) group: Arc<Group>,
+    /// The hub closes: stop handing out.
+    pub(crate) closing: CancellationToken,
     /// Batches that wait for the reader at most.
     pub(crate) buffer: usize,
 }
@@ -136,6 +138,9 @@ impl Span {
                     for s in settled.drain(..) {
                         self.settle(s);
                     }
+                }
+                () = self.parts.closing.cancelled(), if !self.stopping.is_cancelled() => {
+                    self.stopping.cancel();
                 }
                 () = self.stopping.cancelled(), if self.out.is_some() => {
                     // What the reader has not got is given back by being

@@ -271,15 +271,6 @@ impl Spool {
             .is_some_and(|count| *count > 0)
     }
 
-    /// Every entry that is in a status, in publish order.
-    pub(crate) fn all_in(&self, status: Status) -> Vec<Seq> {
-        self.entries
-            .iter()
-            .filter(|(_, (_, s))| *s == status)
-            .map(|(seq, _)| *seq)
-            .collect()
-    }
-
     fn is_due(&self, seq: Seq, now: Timestamp) -> bool {
         self.get(seq)
             .is_some_and(|e| e.due.is_none_or(|due| due <= now))

@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use super::route::RouteKind;
+use super::{breaker::BreakerState, route::RouteKind};
 use crate::{broker::BrokerType, message::Timestamp};
 
 /// Where a lane, or a whole route, stands. Ordered from good to bad.
@@ -118,6 +118,15 @@ pub struct BrokerState {
     /// Why not, if it is not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// Its breaker; the embedded broker has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub breaker: Option<BreakerState>,
+    /// When it was probed last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_probe: Option<Timestamp>,
+    /// What the last probe said, if it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe_error: Option<String>,
     /// Addresses, without credentials.
     pub endpoints: Vec<String>,
     /// What the server says.

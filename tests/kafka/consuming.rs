@@ -604,3 +604,58 @@ async fn options_that_kafka_does_not_have_are_refused() {
     consumer.control.stop().await;
     broker.close().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_waits_for_a_topic_that_does_not_exist_yet() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(config(node.bootstrap())).await;
+    let topic = Topic::new(unique("later")).unwrap();
+    let mut consumer = broker
+        .consume(&stream(&topic), &SubscribeOptions::group(unique("g")))
+        .await
+        .unwrap();
+    broker
+        .ensure(&Source::Stream(Pattern::from(&topic)))
+        .await
+        .unwrap();
+    publish(&broker, &topic, vec![text("x")]).await;
+    ack_all(take(&mut consumer, 1).await).await;
+    assert!(consumer.control.is_active());
+    consumer.control.stop().await;
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_work_queue_is_a_topic_that_one_group_shares() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(messaging_hub::adapter::kafka::KafkaConfig {
+        group_id: unique("workers"),
+        ..config(node.bootstrap())
+    })
+    .await;
+    let topic = topic(&broker, "queue", 2).await;
+    publish(
+        &broker,
+        &topic,
+        (0..20).map(|i| text(&i.to_string())).collect(),
+    )
+    .await;
+    let source = Source::Queue(Pattern::from(&topic));
+    let options = SubscribeOptions::default().with_prefetch(3);
+    let mut consumer = broker.consume(&source, &options).await.unwrap();
+    let first = take(&mut consumer, 3).await;
+    // The prefetch holds the rest back.
+    let more = tokio::time::timeout(Duration::from_millis(500), consumer.deliveries.recv()).await;
+    assert!(more.is_err(), "{more:?}");
+    ack_all(first).await;
+    let mut left = 17;
+    while left > 0 {
+        // A batch may bring more than one, and never more than the prefetch.
+        let next = take(&mut consumer, 1).await;
+        assert!(next.len() <= 3);
+        left -= next.len();
+        ack_all(next).await;
+    }
+    consumer.control.stop().await;
+    broker.close().await.unwrap();
+}

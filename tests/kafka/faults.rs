@@ -231,6 +231,52 @@ async fn consumers_take_up_their_work_after_the_broker_comes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_silent_broker_is_noticed_and_what_was_in_flight_is_confirmed_once_it_answers() {
+    let node = need!(Kafka::start().await);
+    let broker = connected(KafkaConfig {
+        message_timeout: Duration::from_secs(30),
+        ..config(node.bootstrap())
+    })
+    .await;
+    let topic = topic(&broker, "silent", 1).await;
+    let mut lane = broker
+        .open_lane(&topic, 0, &LaneOptions::default())
+        .await
+        .unwrap();
+    node.pause().await;
+    lane.submissions
+        .send((0..10).map(submission).collect())
+        .await
+        .unwrap();
+    let mut state = broker.connection();
+    let lost = state.wait_for(|s| !s.connected);
+    tokio::time::timeout(Duration::from_secs(10), lost)
+        .await
+        .expect("noticed")
+        .unwrap();
+    node.resume().await;
+    for token in 0..10 {
+        let answer = tokio::time::timeout(WAIT, lane.confirmations.recv())
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(answer.token, token);
+        assert!(matches!(answer.fate, Fate::Confirmed(_)), "{answer:?}");
+    }
+    // A stored record says that the broker is back.
+    tokio::time::timeout(WAIT, state.wait_for(|s| s.connected))
+        .await
+        .unwrap()
+        .unwrap();
+    // Idempotence: once each, in order.
+    let read = read_all(&broker, &topic, 10).await;
+    let bodies: Vec<_> = read[&0].iter().map(|m| m.payload.to_vec()).collect();
+    let expected: Vec<_> = (0..10).map(|i: u64| i.to_string().into_bytes()).collect();
+    assert_eq!(bodies, expected);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn closing_while_the_broker_is_dead_ends_in_time() {
     let node = need!(Kafka::start().await);
     let broker = connected(KafkaConfig {

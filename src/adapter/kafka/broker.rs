@@ -426,7 +426,9 @@ impl MessageBroker for KafkaBroker {
                 // are as large as configured.
                 tracing::debug!(target: "messaging_hub::kafka", %error, "max.message.bytes is not known");
             }
-            self.backend.publisher.open(topic, options)
+            self.backend
+                .publisher
+                .open(topic, facts.partitions, options)
         };
         tokio::time::timeout(options.open_timeout, open)
             .await

@@ -31,7 +31,8 @@ pub struct KafkaConfig {
     pub linger: Duration,
     /// Bytes of a batch. Default 128 KiB.
     pub batch_size: usize,
-    /// Messages in flight of a lane. Default 10,000.
+    /// Messages in flight of a lane at most, whatever a lane asks for. Default
+    /// 10,000.
     pub window: usize,
     /// Keys go to the partition that Java clients choose (murmur2). Default
     /// false: the one that librdkafka chooses (CRC32).

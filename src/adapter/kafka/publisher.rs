@@ -78,7 +78,12 @@ impl Publisher {
     ///
     /// # Errors
     /// A refusal of options that Kafka does not have.
-    pub(super) fn open(self: &Arc<Self>, topic: &Topic, options: &LaneOptions) -> Result<Lane> {
+    pub(super) fn open(
+        self: &Arc<Self>,
+        topic: &Topic,
+        partitions: i32,
+        options: &LaneOptions,
+    ) -> Result<Lane> {
         if options.address.is_some() {
             return Err(invalid(
                 "exchange and routing_key are AMQP's; on Kafka publish to the topic, with a key or a partition",
@@ -86,13 +91,19 @@ impl Publisher {
             .on(topic.as_str()));
         }
         let producer = self.producer(topic, options.compression)?;
-        let (lane, port) = Lane::pair(options);
+        // The configuration bounds what a caller may ask for.
+        let options = LaneOptions {
+            window: options.window.min(self.config.window).max(1),
+            ..options.clone()
+        };
+        let (lane, port) = Lane::pair(&options);
         let writer = Writer {
             publisher: Arc::clone(self),
             // A fatal error of the producer ends all its lanes.
             end: Arc::new(producer.shared.dead.child_token()),
             producer,
             topic: topic.clone(),
+            partitions,
             confirm: options.confirm,
         };
         self.lanes.spawn(writer.run(port));
@@ -116,7 +127,8 @@ impl Publisher {
             bytes: 0,
         });
         let until = self.closing.clone();
-        self.write(&producer, topic, (message, marks, &order), ticket, &until)
+        let place = (topic, 0);
+        self.write(&producer, place, (message, marks, &order), ticket, &until)
             .await;
         outcome.await.unwrap_or_else(|_| {
             Fate::Unknown(Error::unknown(
@@ -175,7 +187,7 @@ impl Publisher {
     async fn write(
         &self,
         producer: &Producer,
-        topic: &Topic,
+        (topic, partitions): (&Topic, i32),
         (message, marks, order): (&Message, &Marks, &OrderKey),
         mut ticket: Box<Ticket>,
         until: &CancellationToken,
@@ -187,22 +199,20 @@ impl Publisher {
                     .with_id(message.id.as_str()),
             )
         };
-        let Some(facts) = self.topics.get(topic) else {
+        // A topic that is missing from the last look is not refused for that:
+        // a cluster that is coming back may know less than it has.
+        let count = self.topics.get(topic).map_or(partitions, |f| f.partitions);
+        if count < 1 {
             return ticket.answer(refuse(Error::new(
                 ErrorCode::TopicNotFound,
                 "the topic does not exist (any more); create it, or set kafka.auto_create_topics",
             )));
-        };
-        let partition = self
-            .partitioner
-            .partition(order, message.partition, facts.partitions);
-        if !(0..facts.partitions).contains(&partition) {
+        }
+        let partition = self.partitioner.partition(order, message.partition, count);
+        if !(0..count).contains(&partition) {
             return ticket.answer(refuse(Error::rejected(
                 ErrorCode::PublishRejected,
-                format!(
-                    "partition {partition} does not exist, the topic has {}",
-                    facts.partitions
-                ),
+                format!("partition {partition} does not exist, the topic has {count}"),
             )));
         }
         let (headers, header_bytes) = match record::headers(message, topic, marks) {
@@ -251,6 +261,8 @@ struct Writer {
     publisher: Arc<Publisher>,
     producer: Arc<Producer>,
     topic: Topic,
+    /// As many as there were when the lane was opened.
+    partitions: i32,
     confirm: bool,
     end: Arc<CancellationToken>,
 }
@@ -317,9 +329,10 @@ impl Writer {
             lane: Some(Arc::clone(&self.end)),
             bytes: 0,
         });
+        let place = (&self.topic, self.partitions);
         let message = (&*submission.message, &submission.marks, &submission.order);
         self.publisher
-            .write(&self.producer, &self.topic, message, ticket, &self.end)
+            .write(&self.producer, place, message, ticket, &self.end)
             .await;
         if let Some(permit) = permit {
             permit.send(Confirmation {

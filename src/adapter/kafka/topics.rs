@@ -6,7 +6,7 @@ use std::{
     sync::{RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
-use rdkafka::{error::IsError, metadata::Metadata};
+use rdkafka::{error::IsError, metadata::Metadata, types::RDKafkaRespErr};
 
 /// What is known of one topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,11 +33,22 @@ impl Topics {
         let mut known = self.write();
         let mut seen = HashMap::with_capacity(metadata.topics().len());
         for topic in metadata.topics() {
-            let broken = topic.error().is_some_and(|e| e.is_error());
             let count = i32::try_from(topic.partitions().len()).unwrap_or(i32::MAX);
-            if broken || count == 0 {
-                known.remove(topic.name());
-                continue;
+            match topic.error() {
+                Some(RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN_TOPIC_OR_PART) => {
+                    known.remove(topic.name());
+                    continue;
+                }
+                // A cluster that is still finding leaders: the topic is there,
+                // and what was known of it holds.
+                Some(error) if error.is_error() => {
+                    if let Some(facts) = known.get(topic.name()) {
+                        seen.insert(topic.name().to_owned(), *facts);
+                    }
+                    continue;
+                }
+                _ if count == 0 => continue,
+                _ => {}
             }
             let max_bytes = known.get(topic.name()).and_then(|f| f.max_bytes);
             let facts = TopicFacts {

@@ -48,6 +48,8 @@ mod tls;
 #[cfg(feature = "rabbitmq")]
 mod topology;
 #[cfg(feature = "rabbitmq")]
+mod verdicts;
+#[cfg(feature = "rabbitmq")]
 mod wire;
 
 #[cfg(feature = "rabbitmq")]

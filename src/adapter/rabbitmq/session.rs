@@ -4,12 +4,10 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use lapin::{
     Channel,
-    options::{
-        BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
-    },
+    options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
     types::{FieldTable, ShortString},
 };
 use tokio::{
@@ -17,20 +15,14 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::{
-    acks::{Acks, Answer},
-    courier::{Courier, Job},
-    error,
-    link::Link,
-    shared::Shared,
-    wire,
+    acks::Acks, courier::Courier, error, link::Link, shared::Shared, verdicts::Serving, wire,
 };
 use crate::{
-    broker::{BrokerType, Delivery, Received, Settlement, Verdict},
-    error::{Error, ErrorCode, Result},
-    message::{Timestamp, wire::Failure},
+    broker::{BrokerType, Delivery, Received, Settlement},
+    error::{ErrorCode, Result},
     topic::Topic,
 };
 
@@ -134,26 +126,6 @@ impl Session<'_> {
             .await?
             .map_err(fail)
     }
-}
-
-/// What must be known of a delivery until it is settled.
-type Held = Received;
-
-/// A retry or dead letter whose copy is on its way.
-struct Rerouted {
-    tag: u64,
-    dead: bool,
-    answer: Option<Answer>,
-    outcome: Result<()>,
-}
-
-struct Serving<'a> {
-    session: &'a Session<'a>,
-    channel: &'a Channel,
-    queue: &'a str,
-    acks: Acks,
-    held: HashMap<u64, Held>,
-    reroutes: FuturesUnordered<BoxFuture<'static, Rerouted>>,
 }
 
 impl Serving<'_> {
@@ -325,188 +297,6 @@ impl Serving<'_> {
         tags.clear();
         *settle = None;
     }
-
-    async fn settle(&mut self, settlement: Settlement) -> Result<(), End> {
-        let Settlement { tag, verdict, done } = settlement;
-        if !self.acks.is_open(tag) {
-            answer(
-                done,
-                Err(
-                    Error::new(ErrorCode::AckFailed, "this delivery was settled before")
-                        .at(BrokerType::RabbitMq),
-                ),
-            );
-            return Ok(());
-        }
-        let shared = self.session.shared;
-        let recorder = &shared.recorder;
-        match verdict {
-            Verdict::Ack => {
-                self.held.remove(&tag);
-                recorder.messages_acked.inc();
-                self.acks.done(tag, done);
-            }
-            Verdict::Requeue => {
-                recorder.messages_nacked.inc();
-                self.give_back(tag).await?;
-                answer(done, Ok(()));
-            }
-            // There is one tier, whose length consume() has checked: the delay
-            // is that of the retry queue.
-            Verdict::Retry { failure, .. } => {
-                let expired = self
-                    .held
-                    .get(&tag)
-                    .is_some_and(|h| h.message.is_expired(Timestamp::now()));
-                if expired {
-                    let failure = Failure {
-                        reason: "expired".to_owned(),
-                        ..failure
-                    };
-                    self.reroute(tag, failure, true, done);
-                } else {
-                    self.reroute(tag, failure, false, done);
-                }
-            }
-            Verdict::DeadLetter { failure } => self.reroute(tag, failure, true, done),
-        }
-        Ok(())
-    }
-
-    /// Sends a copy with the failure noted; the original is acked when the copy
-    /// is confirmed.
-    fn reroute(&mut self, tag: u64, failure: Failure, dead: bool, done: Option<Answer>) {
-        let Some(held) = self.held.get(&tag) else {
-            return;
-        };
-        let topology = &self.session.shared.topology;
-        let mut message = (*held.message).clone();
-        let mut marks = (*held.marks).clone();
-        message.error = Some(if failure.details.is_empty() {
-            failure.reason.clone()
-        } else {
-            failure.details.clone()
-        });
-        marks.failure = Some(failure);
-        let address = if dead {
-            (String::new(), topology.dead_letter_queue().to_owned())
-        } else {
-            message.retry_count = message.retry_count.saturating_add(1);
-            (topology.retry_exchange().to_owned(), self.queue.to_owned())
-        };
-        // Dead letters are kept, however old.
-        let job = Job::new(address, held.topic.as_str().into(), message, marks, !dead);
-        let courier = self.session.courier.clone();
-        self.reroutes.push(
-            async move {
-                let outcome = courier.send(job).await;
-                Rerouted {
-                    tag,
-                    dead,
-                    answer: done,
-                    outcome,
-                }
-            }
-            .boxed(),
-        );
-    }
-
-    async fn rerouted(&mut self, done: Rerouted) -> Result<(), End> {
-        let recorder = &self.session.shared.recorder;
-        match done.outcome {
-            Ok(()) => {
-                if done.dead {
-                    recorder.messages_dead_lettered.inc();
-                } else {
-                    recorder.messages_retried.inc();
-                }
-                self.held.remove(&done.tag);
-                self.acks.done(done.tag, done.answer);
-            }
-            Err(e) => {
-                warn!(queue = self.queue, error = %e, dead = done.dead, "a failed message could not be moved; it goes back to its queue");
-                recorder.messages_nacked.inc();
-                recorder.total_errors.inc();
-                self.give_back(done.tag).await?;
-                let code = if done.dead {
-                    ErrorCode::DeadLetterFailed
-                } else {
-                    ErrorCode::NackFailed
-                };
-                answer(
-                    done.answer,
-                    Err(Error::new(
-                        code,
-                        "the message could not be moved and went back to its queue",
-                    )
-                    .at(BrokerType::RabbitMq)
-                    .caused_by(e)),
-                );
-            }
-        }
-        Ok(())
-    }
-
-    async fn give_back(&mut self, tag: u64) -> Result<(), End> {
-        self.held.remove(&tag);
-        let options = BasicNackOptions {
-            multiple: false,
-            requeue: true,
-        };
-        let sent = self
-            .session
-            .link
-            .bounded(
-                self.session.link.patience,
-                self.channel.basic_nack(tag, options),
-            )
-            .await;
-        self.acks.forget(tag);
-        self.check(sent)
-    }
-
-    /// Sends what is done; `all` also what lies above an open delivery.
-    async fn flush(&mut self, all: bool) -> Result<(), End> {
-        let (acks, answers) = self.acks.take(all);
-        for ack in acks {
-            let options = BasicAckOptions {
-                multiple: ack.multiple,
-            };
-            let sent = self
-                .session
-                .link
-                .bounded(
-                    self.session.link.patience,
-                    self.channel.basic_ack(ack.tag, options),
-                )
-                .await;
-            // The answers are dropped with an error: their deliveries come again.
-            self.check(sent)?;
-        }
-        for waiting in answers {
-            let _ = waiting.send(Ok(()));
-        }
-        Ok(())
-    }
-
-    fn check(&self, sent: Result<Result<(), lapin::Error>>) -> Result<(), End> {
-        match sent {
-            Ok(Ok(())) => Ok(()),
-            _ if self.session.link.lost.is_cancelled() => Err(End::Lost),
-            Ok(Err(e)) => Err(self.broken(error::text(&e))),
-            Err(e) => Err(End::Broken(e.message().to_owned())),
-        }
-    }
-
-    fn broken(&self, why: String) -> End {
-        if self.session.link.lost.is_cancelled()
-            || !self.session.link.consuming.status().connected()
-        {
-            End::Lost
-        } else {
-            End::Broken(why)
-        }
-    }
 }
 
 async fn next_of(
@@ -515,12 +305,6 @@ async fn next_of(
     match consumer {
         Some(consumer) => consumer.next().await,
         None => std::future::pending().await,
-    }
-}
-
-fn answer(done: Option<Answer>, outcome: Result<()>) {
-    if let Some(done) = done {
-        let _ = done.send(outcome);
     }
 }
 

@@ -198,10 +198,6 @@ impl<W> Machine<W> {
         self.drained
     }
 
-    pub(crate) fn hedge(&self) -> Duration {
-        self.hedge.current()
-    }
-
     /// Messages that wait for room; the shell reads no more intake above a bound.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()

@@ -31,6 +31,7 @@ use crate::{
     hub::{
         accepted::Seen,
         dead::DeadLetters,
+        health::Health,
         spool::Seq,
         state::{LaneState, RouteState, StateChange},
     },
@@ -83,6 +84,8 @@ pub(crate) struct Parts {
     pub(crate) settings: Settings,
     /// Make the topic when it is missing.
     pub(crate) ensure: Option<crate::broker::Source>,
+    /// The broker's breaker; the embedded broker has none.
+    pub(crate) health: Option<Arc<Health>>,
     /// None without a fallback; then nothing is ever spooled.
     pub(crate) dead: Option<DeadLetters>,
     pub(crate) changes: broadcast::Sender<StateChange>,
@@ -244,6 +247,7 @@ impl Task {
             let wants_intake = open_intake && self.machine.waiting() < WAITING_BOUND;
             let wants_room = self.machine.waiting() > 0;
             let budget = self.parts.settings.budget.clone();
+            let health = self.parts.health.clone();
             tokio::select! {
                 biased;
                 n = receive(&mut self.confirmations, &mut confirmations) => {
@@ -330,6 +334,12 @@ impl Task {
                         });
                     }
                 }
+                () = half_opened(&health), if reopen.is_some() => {
+                    reopen = None;
+                    if connection.borrow().connected {
+                        self.machine.broker_back(now());
+                    }
+                }
                 () = budget.freed.notified(), if wants_room => self.machine.tick(now()),
                 () = sleep_until(deadline) => {
                     let now = now();
@@ -405,19 +415,33 @@ impl Task {
         let options = self.parts.options.clone();
         let ensure = self.parts.ensure.clone();
         let lane = self.parts.lane;
+        let health = self.parts.health.clone();
         self.opening = Some(Box::pin(async move {
-            if let Some(source) = ensure {
-                broker.ensure(&source).await?;
+            if let Some(health) = &health {
+                health.check()?;
             }
             let limit = options.open_timeout;
-            tokio::time::timeout(limit, broker.open_lane(&topic, lane, &options))
-                .await
-                .unwrap_or_else(|_| {
-                    Err(Error::new(
-                        ErrorCode::ConnectionTimeout,
-                        "the broker opened no publishing channel in time",
-                    ))
-                })
+            let opened = tokio::time::timeout(limit, async {
+                if let Some(source) = ensure {
+                    broker.ensure(&source).await?;
+                }
+                broker.open_lane(&topic, lane, &options).await
+            })
+            .await
+            .unwrap_or_else(|_| {
+                Err(Error::new(
+                    ErrorCode::ConnectionTimeout,
+                    "the broker opened no publishing channel in time",
+                ))
+            });
+            if let Some(health) = &health {
+                match &opened {
+                    // A refusal is an answer.
+                    Err(error) if !error.is_refusal() => health.failed(),
+                    _ => health.succeeded(),
+                }
+            }
+            opened
         }));
     }
 
@@ -617,6 +641,13 @@ async fn hand_over(
 async fn opened(opening: &mut Option<BoxFuture<'static, Result<Lane>>>) -> Result<Lane> {
     match opening {
         Some(opening) => opening.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn half_opened(health: &Option<Arc<Health>>) {
+    match health {
+        Some(health) => health.changed.notified().await,
         None => std::future::pending().await,
     }
 }
