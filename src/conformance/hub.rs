@@ -103,6 +103,10 @@ impl Factory for HubFactory {
         self.over.secrets()
     }
 
+    fn declaration_settles(&self) -> Duration {
+        self.over.declaration_settles()
+    }
+
     fn restart(&self) -> Option<&dyn Restart> {
         self.over.restart()
     }
