@@ -9,16 +9,20 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use tokio::sync::{mpsc, watch};
+use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     group::{Group, Lease, Taken},
     lane::task::{Reader, Readers},
 };
-use crate::broker::{
-    ConnectionState, Consumer, ConsumerControl, Delivery, Received, Settlement, Verdict,
-    consumer::ConsumerState,
+use crate::{
+    broker::{
+        ConnectionState, Consumer, ConsumerControl, Delivery, Received, Settlement, Verdict,
+        consumer::ConsumerState,
+    },
+    error::{ErrorCode, Result},
 };
 
 /// What a span needs.
@@ -90,6 +94,7 @@ pub(crate) fn start(parts: Parts) -> (Consumer, impl Future<Output = ()> + Send 
         out: Some(out),
         settlements,
         held: HashMap::new(),
+        answers: FuturesUnordered::new(),
         next: 0,
         stopping,
         report,
@@ -114,6 +119,8 @@ struct Span {
     out: Option<mpsc::Sender<Vec<Delivery>>>,
     settlements: mpsc::UnboundedSender<Settlement>,
     held: HashMap<u64, Held>,
+    /// Acks that the source has not answered; as many as were held at most.
+    answers: FuturesUnordered<BoxFuture<'static, ()>>,
     next: u64,
     stopping: CancellationToken,
     report: watch::Sender<ConsumerState>,
@@ -177,10 +184,11 @@ impl Span {
                 Some(batch) = receive(&mut self.parts.local), if want => {
                     pending = self.take(batch);
                 }
+                Some(()) = self.answers.next() => {}
                 Ok(()) = primary_state.changed() => {}
                 Ok(()) = self.parts.connection.changed() => {}
             }
-            if self.out.is_none() && self.held.is_empty() {
+            if self.out.is_none() && self.held.is_empty() && self.answers.is_empty() {
                 break;
             }
         }
@@ -252,6 +260,16 @@ impl Span {
         let Some(held) = self.held.remove(&settlement.tag) else {
             return;
         };
+        let done = match (settlement.done, &settlement.verdict, &held.lease) {
+            (Some(answer), Verdict::Ack, Some(_)) => {
+                let (done, upstream) = oneshot::channel();
+                let closing = self.parts.closing.clone();
+                self.answers
+                    .push(Box::pin(acknowledged(upstream, answer, closing)));
+                Some(done)
+            }
+            (done, _, _) => done,
+        };
         if let Some(lease) = held.lease {
             match settlement.verdict {
                 Verdict::Requeue => self.parts.group.release(lease),
@@ -265,9 +283,29 @@ impl Span {
         let _ = tx.send(Settlement {
             tag,
             verdict: settlement.verdict,
-            done: settlement.done,
+            done,
         });
     }
+}
+
+/// Passes the source's answer to an ack on. Where the source can no longer take
+/// it, the id is committed all the same: a copy that it hands out again is
+/// settled by the hub and reaches nobody, so the ack holds. Only a hub that
+/// closes, and forgets, must say otherwise.
+async fn acknowledged(
+    upstream: oneshot::Receiver<Result<()>>,
+    answer: oneshot::Sender<Result<()>>,
+    closing: CancellationToken,
+) {
+    let result = match upstream.await {
+        Ok(Err(error)) if error.code() == ErrorCode::AckFailed && !closing.is_cancelled() => Ok(()),
+        Ok(result) => result,
+        Err(_) if !closing.is_cancelled() => Ok(()),
+        // Dropping the answer tells the reader that the source is gone.
+        Err(_) => return,
+    };
+    // Whoever dropped the future abandoned the answer.
+    let _ = answer.send(result);
 }
 
 async fn receive(local: &mut Option<Local>) -> Option<Vec<Delivery>> {
