@@ -130,6 +130,9 @@ fn not_applicable(factory: &dyn Factory, check: &Check, kind: Kind) -> Option<St
     if let Some(missing) = check.needs.iter().find(|need| !can.has(**need)) {
         return Some(format!("{missing:?} not declared"));
     }
+    if check.late && kind == Kind::Stream && !can.has(Capability::HistoryReplay) {
+        return Some("publishes before anybody reads; HistoryReplay not declared".to_owned());
+    }
     (check.restarts && factory.restart().is_none()).then(|| "no restart hook".to_owned())
 }
 

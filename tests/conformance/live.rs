@@ -112,12 +112,14 @@ mod rabbit {
         }
         if wanted(&over) {
             let below = factory.clone();
-            all.push(Arc::new(HubFactory::new(over, factory, move || {
+            // The hub's streams are another broker's here.
+            let queues = HubFactory::new(over, factory, move || {
                 let topology = RabbitFactory::topology();
                 Box::pin(hub(below.broker(), topology, |hub, broker| {
                     hub.set_task_queue_broker(broker);
                 }))
-            })));
+            });
+            all.push(Arc::new(queues.without(C::Streams)));
         }
         all
     }
@@ -186,11 +188,13 @@ mod rabbit {
             name(self.version).to_owned()
         }
 
-        /// Streams over an exchange and a queue for each group keep no history
-        /// and no offsets, so only queues are declared.
+        /// A stream is an exchange with a queue for each group: it keeps no
+        /// history and no offsets, so of streams only what needs neither.
         fn capabilities(&self) -> Capabilities {
             Capabilities::from([
                 C::Queues,
+                C::Streams,
+                C::Groups,
                 C::Priority,
                 C::Ttl,
                 C::DeadLetters,
@@ -198,7 +202,9 @@ mod rabbit {
                 C::Persistent,
                 C::OutlivesClient,
                 C::RedeliveredInQueues,
+                C::RedeliveredInStreams,
                 C::UnroutableRefused,
+                C::PerKeyOrder,
                 C::OrderedSingleConsumer,
                 C::QueueStats,
                 C::Dequeue,
