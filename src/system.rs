@@ -101,6 +101,12 @@ impl MessagingSystem {
         if self.initialized.swap(true, Relaxed) {
             return Ok(());
         }
+        if self.hub.is_closed() {
+            return Err(Error::new(
+                ErrorCode::OperationCanceled,
+                "this system was closed, or failed to start; build a new one",
+            ));
+        }
         let done = self.connect().await;
         if done.is_err() {
             // Nothing of a failed start stays behind.

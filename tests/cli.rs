@@ -1,5 +1,6 @@
 //! The command line, run as users run it.
 #![cfg(feature = "server")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod process;
 

@@ -1,5 +1,6 @@
 //! The HTTP surface, driven from outside: the real binary, real sockets.
 #![cfg(feature = "server")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod process;
 

@@ -48,10 +48,12 @@ pub struct PublishOptions {
     pub key: Option<Key>,
     /// Compression. Default: the broker's setting.
     pub compression: Option<Compression>,
-    /// Messages written together at most. Default 100.
+    /// Messages written together at most when publishing straight to a broker.
+    /// Default 100. The hub's lanes write whatever waits, up to the window.
     pub batch_size: usize,
-    /// How long a batch may wait to fill. Default 10 ms; batches are also
-    /// written as soon as the lane is free.
+    /// How long a batch may wait to fill while the lane is busy. Default 10 ms.
+    /// No message waits for others while the lane is free, so it never adds to
+    /// an idle publish.
     pub linger: Duration,
 }
 

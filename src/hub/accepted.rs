@@ -105,8 +105,15 @@ impl Seen {
 impl Drop for Seen {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
-            // Dropping the joiners tells them that there is no answer.
-            drop(lock(&self.accepted.window).finish(Timestamp::now(), ticket, None));
+            // The publish was given up before it was accepted: whoever joined
+            // may repeat it.
+            let joined = lock(&self.accepted.window).finish(Timestamp::now(), ticket, None);
+            for joiner in joined {
+                let _ = joiner.send(Err(Error::new(
+                    ErrorCode::PublishFailed,
+                    "the publish that this repeat had joined was given up before it was accepted; repeat it",
+                )));
+            }
         }
     }
 }

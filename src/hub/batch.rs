@@ -39,15 +39,12 @@ pub(super) async fn run<F, Fut>(
                 return;
             }
             let batch: Vec<Delivery> = held.drain(..max.min(held.len())).collect();
-            handle(batch, &consumer, &settings, &handler).await;
-            if held.len() < max {
-                // A short rest is worth gathering again, unless nothing comes.
-                break;
+            tokio::select! {
+                () = handle(batch, &consumer, &settings, &handler) => {}
+                // The patience of whoever stops is over; the batch is dropped,
+                // and so given back.
+                () = settings.give_up.cancelled() => return,
             }
-        }
-        if !held.is_empty() {
-            let batch = std::mem::take(&mut held);
-            handle(batch, &consumer, &settings, &handler).await;
         }
     }
 }
@@ -55,10 +52,17 @@ pub(super) async fn run<F, Fut>(
 fn admit(held: &mut Vec<Delivery>, batch: Vec<Delivery>, settings: &DispatchSettings) {
     for delivery in batch {
         settings.recorder.messages_received.inc();
-        let passes = settings
-            .filter
-            .as_ref()
-            .is_none_or(|f| f.passes(delivery.received()));
+        let passes = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            settings
+                .filter
+                .as_ref()
+                .is_none_or(|f| f.passes(delivery.received()))
+        }));
+        let Ok(passes) = passes else {
+            // A filter that cannot judge a message is no reason to skip it.
+            held.push(delivery);
+            continue;
+        };
         if !passes {
             delivery.settle_now(Verdict::Ack);
         } else if delivery.is_expired(Timestamp::now()) {
@@ -77,7 +81,7 @@ fn admit(held: &mut Vec<Delivery>, batch: Vec<Delivery>, settings: &DispatchSett
 }
 
 async fn handle<F, Fut>(
-    batch: Vec<Delivery>,
+    mut batch: Vec<Delivery>,
     consumer: &Consumer,
     settings: &DispatchSettings,
     handler: &F,
@@ -110,12 +114,17 @@ async fn handle<F, Fut>(
             Err(_) => HandlerError::retry("the handler took too long"),
         };
         settings.recorder.messages_failed.add(batch.len() as u64);
+        let attempts = attempt;
         let may_retry = |d: &Delivery| {
             error.retryable
                 && settings.retry_on_error
-                && d.retry_count + attempt < settings.max_retries.unwrap_or(d.max_retries)
+                && d.retry_count + attempts < settings.max_retries.unwrap_or(d.max_retries)
         };
-        if consumer.retry == RetryMode::InLane && batch.iter().all(&may_retry) {
+        if consumer.retry == RetryMode::InLane && batch.iter().any(&may_retry) {
+            // Those without an attempt left go; the others stay in their order.
+            let (again, over): (Vec<_>, Vec<_>) = batch.into_iter().partition(&may_retry);
+            bury(over, &error, settings);
+            batch = again;
             attempt += 1;
             settings.recorder.messages_retried.add(batch.len() as u64);
             tokio::select! {
@@ -123,25 +132,35 @@ async fn handle<F, Fut>(
                 () = consumer.control.stopping() => return,
             }
         }
-        for delivery in batch {
-            let failure = Failure::now(
-                error.reason.clone(),
-                error.details.clone(),
-                &delivery.topic,
-                delivery.marks.failure.as_ref(),
-            );
-            let verdict = if consumer.retry == RetryMode::Broker && may_retry(&delivery) {
-                settings.recorder.messages_retried.inc();
-                Verdict::Retry {
-                    delay: settings.retry_delay,
-                    failure,
-                }
-            } else {
-                settings.recorder.messages_dead_lettered.inc();
-                Verdict::DeadLetter { failure }
-            };
-            delivery.settle_now(verdict);
+        let (again, over): (Vec<_>, Vec<_>) = batch
+            .into_iter()
+            .partition(|d| consumer.retry == RetryMode::Broker && may_retry(d));
+        bury(over, &error, settings);
+        for delivery in again {
+            settings.recorder.messages_retried.inc();
+            let failure = failure(&delivery, &error);
+            delivery.settle_now(Verdict::Retry {
+                delay: settings.retry_delay,
+                failure,
+            });
         }
         return;
     }
+}
+
+fn bury(batch: Vec<Delivery>, error: &HandlerError, settings: &DispatchSettings) {
+    for delivery in batch {
+        settings.recorder.messages_dead_lettered.inc();
+        let failure = failure(&delivery, error);
+        delivery.settle_now(Verdict::DeadLetter { failure });
+    }
+}
+
+fn failure(delivery: &Delivery, error: &HandlerError) -> Failure {
+    Failure::now(
+        error.reason.clone(),
+        error.details.clone(),
+        &delivery.topic,
+        delivery.marks.failure.as_ref(),
+    )
 }

@@ -23,17 +23,19 @@ const HANDLERS_SHARE: f64 = 0.6;
 
 impl MessagingHub {
     /// Stops intake, finishes or hands back work, flushes and closes every
-    /// broker, within `grace`. A second call does nothing.
+    /// broker, within `grace`. Later calls wait for the first and get its
+    /// report.
     ///
     /// # Cancel safety
-    /// Dropping the future leaves the hub closing; call again to wait.
+    /// Dropping the future interrupts the closing; the next call goes on with it.
     pub async fn close(&self, grace: Duration) -> CloseReport {
-        if self.0.closed.swap(true, Relaxed) {
-            return CloseReport::default();
-        }
+        *self.0.closed.get_or_init(|| self.close_once(grace)).await
+    }
+
+    async fn close_once(&self, grace: Duration) -> CloseReport {
         let start = tokio::time::Instant::now();
         let mut report = CloseReport::default();
-        let running = std::mem::take(&mut *lock(&self.0.subscriptions));
+        let running = lock(&self.0.subscriptions).clone();
         for one in &running {
             one.control.begin_stop();
         }
@@ -44,13 +46,14 @@ impl MessagingHub {
                 .is_err()
             {
                 one.give_up.cancel();
-                one.ended.cancelled().await;
+                // A handler that blocks its thread cannot be stopped at all.
+                let _ = tokio::time::timeout_at(start + grace, one.ended.cancelled()).await;
                 report.handlers_given_up += 1;
             }
         }
         // Handlers may publish until they have ended; from here nobody may.
         self.0.closing.cancel();
-        let lanes: Vec<_> = lock(&self.0.lanes).drain().map(|(_, h)| h).collect();
+        let lanes: Vec<_> = lock(&self.0.lanes).values().cloned().collect();
         for lane in &lanes {
             let join = lock(&lane.join).take();
             if let Some(mut join) = join
@@ -64,6 +67,7 @@ impl MessagingHub {
             report.left_in_memory_spool += lane.status.messages.load(Relaxed);
         }
         drop(lanes);
+        lock(&self.0.lanes).clear();
         self.0.tasks.close();
         // Spans end when their deliveries are settled; what a caller still
         // holds is given back by the broker's own close.

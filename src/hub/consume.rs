@@ -28,6 +28,9 @@ use crate::{
 /// ready at the broker arrives within this, what is not should not be waited for.
 const LEASE_LINGER: Duration = Duration::from_millis(20);
 
+/// Groups whose handled ids are remembered while nobody reads for them.
+const MAX_GROUPS: usize = 1024;
+
 /// Deliveries of one lease request at most.
 const MAX_LEASE: usize = 1000;
 
@@ -93,6 +96,12 @@ impl MessagingHub {
         Fut: Future<Output = Result<(), crate::broker::HandlerError>> + Send + 'static,
     {
         let source = self.source_of(&self.pattern(pattern)?)?;
+        if options.auto_ack || options.concurrency.is_some() {
+            return Err(Error::rejected(
+                ErrorCode::InvalidConfig,
+                "a batch subscription handles one batch at a time and acks it as a whole; leave auto_ack and concurrency unset",
+            ));
+        }
         let max = max.max(1);
         // A batch can only fill when that many may be unsettled.
         options.prefetch = options.prefetch.max(u16::try_from(max).unwrap_or(u16::MAX));
@@ -104,7 +113,10 @@ impl MessagingHub {
         let control = consumer.control.clone();
         let ended = CancellationToken::new();
         let guard = ended.clone().drop_guard();
-        let settings = DispatchSettings::new(&source, &options, &self.0.recorder);
+        let mut settings = DispatchSettings::new(&source, &options, &self.0.recorder);
+        if options.retry_delay.is_none() {
+            settings.retry_delay = self.retry_delay(&source);
+        }
         let give_up = settings.give_up.clone();
         let task = self.0.tasks.spawn(async move {
             let _ended = guard;
@@ -401,7 +413,13 @@ impl MessagingHub {
                 return Arc::new(Group::new(&self.0.config.dedup_window));
             }
         };
-        lock(&self.0.groups)
+        let mut groups = lock(&self.0.groups);
+        if groups.len() >= MAX_GROUPS {
+            // Groups that nobody reads for: a later member starts without their
+            // memory, and may see a repeat.
+            groups.retain(|_, g| Arc::strong_count(g) > 1);
+        }
+        groups
             .entry(name)
             .or_insert_with(|| Arc::new(Group::new(&self.0.config.dedup_window)))
             .clone()

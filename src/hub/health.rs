@@ -31,6 +31,9 @@ pub(crate) struct Health {
 /// How long a probe may take before it counts as failed.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How soon a broker that failed a probe is asked again.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
 impl Health {
     pub(crate) fn new(breaker: Breaker) -> Self {
         Self {
@@ -63,7 +66,7 @@ impl Health {
         ))
     }
 
-    pub(crate) fn failed(&self) {
+    fn failed(&self) {
         lock(&self.breaker).failed(now());
     }
 
@@ -85,12 +88,11 @@ pub(crate) async fn probe(
     interval: Duration,
     closing: CancellationToken,
 ) {
-    let mut ticks = tokio::time::interval(interval.max(Duration::from_millis(10)));
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut connection = broker.connection();
+    let mut wait = Duration::ZERO;
     loop {
         tokio::select! {
-            _ = ticks.tick() => {}
+            () = tokio::time::sleep(wait) => {}
             changed = connection.changed() => {
                 if changed.is_err() {
                     return;
@@ -99,6 +101,7 @@ pub(crate) async fn probe(
                 if connection.borrow_and_update().connected {
                     health.answers();
                 }
+                wait = Duration::ZERO;
                 continue;
             }
             () = closing.cancelled() => return,
@@ -111,6 +114,13 @@ pub(crate) async fn probe(
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error.to_string()),
             Err(_) => Some("no answer to a health probe within 5 s".to_owned()),
+        };
+        // While something is wrong it is asked often, so that a broker which
+        // works again is not left alone for a whole interval.
+        wait = if error.is_some() {
+            interval.min(RETRY_INTERVAL)
+        } else {
+            interval
         };
         match &error {
             None => health.answers(),

@@ -31,12 +31,12 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 
 use tokio::{
-    sync::{broadcast, watch},
+    sync::{OnceCell, broadcast, watch},
     task::JoinHandle,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -91,7 +91,7 @@ struct Inner {
     weakened: Mutex<Vec<Weakness>>,
     tasks: TaskTracker,
     closing: CancellationToken,
-    closed: AtomicBool,
+    closed: OnceCell<CloseReport>,
     next: AtomicU64,
     fallback_usages: Arc<AtomicU64>,
 }
@@ -161,7 +161,7 @@ impl MessagingHub {
             weakened: Mutex::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
-            closed: AtomicBool::new(false),
+            closed: OnceCell::new(),
             next: AtomicU64::new(1),
             fallback_usages: Arc::default(),
         }))
@@ -207,6 +207,8 @@ impl MessagingHub {
         drop(brokers);
         // What was resolved before may belong to another broker now.
         lock(&self.0.topics).clear();
+        // Lanes to a broker that was replaced end once what they hold is moved.
+        lock(&self.0.lanes).clear();
         self.watch_health();
     }
 
@@ -293,6 +295,12 @@ impl MessagingHub {
         !self.0.closing.is_cancelled()
             && (!lock(&self.0.routes).all().is_empty())
             && self.0.brokers_ready()
+    }
+
+    /// Whether [`MessagingHub::close`] was called.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.0.closing.is_cancelled()
     }
 
     /// Where the hub counts.

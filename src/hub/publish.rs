@@ -197,6 +197,10 @@ impl MessagingHub {
         self.check_open()?;
         let entry = self.entry(topic)?;
         apply(&mut message, options, topic, &self.0.topology)?;
+        if message.max_retries == Message::DEFAULT_MAX_RETRIES {
+            // A message that carries the default has said nothing.
+            message.max_retries = self.0.config.retry.max_retries;
+        }
         message
             .validate(self.0.max_message_bytes)
             .map_err(|e| e.on(topic.as_str()))?;
@@ -344,6 +348,9 @@ impl MessagingHub {
             return Ok(handle.clone());
         }
         self.check_open()?;
+        if lanes.len() >= MAX_LANES {
+            lanes.retain(|_, h| !h.intake.is_closed());
+        }
         if lanes.len() >= MAX_LANES {
             return Err(Error::new(
                 ErrorCode::PublishFailed,

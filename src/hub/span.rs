@@ -17,13 +17,11 @@ use super::{
     group::{Group, Lease, Taken},
     lane::task::{Reader, Readers},
 };
-use crate::{
-    broker::{
-        ConnectionState, Consumer, ConsumerControl, Delivery, Received, Settlement, Verdict,
-        consumer::ConsumerState,
-    },
-    error::{ErrorCode, Result},
+use crate::broker::{
+    ConnectionState, Consumer, ConsumerControl, Delivery, Received, Settlement, Verdict,
+    consumer::ConsumerState,
 };
+use crate::error::{Error, ErrorCode, Result};
 
 /// What a span needs.
 pub(crate) struct Parts {
@@ -91,10 +89,11 @@ pub(crate) fn start(parts: Parts) -> (Consumer, impl Future<Output = ()> + Send 
     let retry = parts.primary.retry;
     let task = Span {
         parts,
+        moving: FuturesUnordered::new(),
+        answers: FuturesUnordered::new(),
         out: Some(out),
         settlements,
         held: HashMap::new(),
-        answers: FuturesUnordered::new(),
         next: 0,
         stopping,
         report,
@@ -114,13 +113,30 @@ struct Held {
     lease: Option<Lease>,
 }
 
+/// A retry or a dead letter whose copy the source was asked to make.
+struct Moved {
+    lease: Lease,
+    retried: bool,
+    outcome: Result<()>,
+    done: Option<oneshot::Sender<Result<()>>>,
+}
+
+fn gone() -> Error {
+    Error::new(
+        ErrorCode::AckFailed,
+        "the source was gone before the verdict was carried out; the message comes again",
+    )
+}
+
 struct Span {
     parts: Parts,
+    /// At most one for each delivery that was handed out.
+    moving: FuturesUnordered<BoxFuture<'static, Moved>>,
+    /// Acks that the source has not answered; as many as were held at most.
+    answers: FuturesUnordered<BoxFuture<'static, ()>>,
     out: Option<mpsc::Sender<Vec<Delivery>>>,
     settlements: mpsc::UnboundedSender<Settlement>,
     held: HashMap<u64, Held>,
-    /// Acks that the source has not answered; as many as were held at most.
-    answers: FuturesUnordered<BoxFuture<'static, ()>>,
     next: u64,
     stopping: CancellationToken,
     report: watch::Sender<ConsumerState>,
@@ -146,6 +162,7 @@ impl Span {
                         self.settle(s);
                     }
                 }
+                Some(moved) = self.moving.next() => self.moved(moved),
                 () = self.parts.closing.cancelled(), if !self.stopping.is_cancelled() => {
                     self.stopping.cancel();
                 }
@@ -171,13 +188,11 @@ impl Span {
                 batch = self.parts.primary.deliveries.recv(), if want && primary_open => {
                     match batch {
                         Some(batch) => pending = self.take(batch),
+                        // The source has ended, by itself or because its broker
+                        // was closed; its last word may come a little later.
                         None => {
                             primary_open = false;
-                            if let Some(why) = self.parts.primary.control.failure() {
-                                let _ = self.report.send(ConsumerState::Failed(why));
-                                self.out = None;
-                                self.parts.local = None;
-                            }
+                            self.stopping.cancel();
                         }
                     }
                 }
@@ -188,19 +203,17 @@ impl Span {
                 Ok(()) = primary_state.changed() => {}
                 Ok(()) = self.parts.connection.changed() => {}
             }
-            if self.out.is_none() && self.held.is_empty() && self.answers.is_empty() {
+            let idle = self.moving.is_empty() && self.answers.is_empty();
+            if self.out.is_none() && self.held.is_empty() && idle {
                 break;
             }
         }
         self.parts.primary.control.stop().await;
-        self.report.send_if_modified(|s| {
-            if matches!(s, ConsumerState::Failed(_)) {
-                false
-            } else {
-                *s = ConsumerState::Stopped;
-                true
-            }
-        });
+        let last = match self.parts.primary.control.failure() {
+            Some(why) => ConsumerState::Failed(why),
+            None => ConsumerState::Stopped,
+        };
+        let _ = self.report.send(last);
     }
 
     /// With the primary away, a subscription that reads the spool is live.
@@ -260,31 +273,58 @@ impl Span {
         let Some(held) = self.held.remove(&settlement.tag) else {
             return;
         };
-        let done = match (settlement.done, &settlement.verdict, &held.lease) {
-            (Some(answer), Verdict::Ack, Some(_)) => {
-                let (done, upstream) = oneshot::channel();
-                let closing = self.parts.closing.clone();
-                self.answers
-                    .push(Box::pin(acknowledged(upstream, answer, closing)));
-                Some(done)
-            }
-            (done, _, _) => done,
-        };
-        if let Some(lease) = held.lease {
-            match settlement.verdict {
-                Verdict::Requeue => self.parts.group.release(lease),
-                Verdict::Retry { .. } => self.parts.group.retried(lease),
-                Verdict::Ack | Verdict::DeadLetter { .. } => self.parts.group.commit(lease),
-            }
-        }
         let (tx, tag) = held.upstream;
+        let Settlement { verdict, done, .. } = settlement;
+        let done = match (held.lease, &verdict) {
+            (Some(lease), Verdict::Requeue) => {
+                self.parts.group.release(lease);
+                done
+            }
+            // Handled is handled, whether or not the broker hears of it.
+            (Some(lease), Verdict::Ack) => {
+                self.parts.group.commit(lease);
+                done.map(|answer| {
+                    let (done, upstream) = oneshot::channel();
+                    let closing = self.parts.closing.clone();
+                    self.answers
+                        .push(Box::pin(acknowledged(upstream, answer, closing)));
+                    done
+                })
+            }
+            // Not handled, and perhaps nowhere else yet: only once the source
+            // says that the copy is safe may this one count as a duplicate. Had
+            // the copy failed, the original comes again and must be handed out.
+            (Some(lease), Verdict::Retry { .. } | Verdict::DeadLetter { .. }) => {
+                let retried = matches!(verdict, Verdict::Retry { .. });
+                let (answer, outcome) = oneshot::channel();
+                self.moving.push(Box::pin(async move {
+                    let outcome = outcome.await.unwrap_or_else(|_| Err(gone()));
+                    Moved {
+                        lease,
+                        retried,
+                        outcome,
+                        done,
+                    }
+                }));
+                Some(answer)
+            }
+            (None, _) => done,
+        };
         // When the source is gone the answer's sender is dropped with the
-        // settlement, which tells the reader.
-        let _ = tx.send(Settlement {
-            tag,
-            verdict: settlement.verdict,
-            done,
-        });
+        // settlement, which tells whoever waits.
+        let _ = tx.send(Settlement { tag, verdict, done });
+    }
+
+    /// A copy was made, or was not.
+    fn moved(&self, moved: Moved) {
+        match (&moved.outcome, moved.retried) {
+            (Ok(()), true) => self.parts.group.retried(moved.lease),
+            (Ok(()), false) => self.parts.group.commit(moved.lease),
+            (Err(_), _) => self.parts.group.release(moved.lease),
+        }
+        if let Some(done) = moved.done {
+            let _ = done.send(moved.outcome);
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 //! that was published after it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     hash::{BuildHasher, RandomState},
     sync::{
         Arc,
@@ -66,8 +66,10 @@ pub(crate) struct Spool {
     in_flight: usize,
     leased: usize,
     bytes: usize,
-    /// Entries that rest until a due time; while there are none nobody looks.
-    resting: usize,
+    /// Ready entries that rest until a due time; in neither of the sets above.
+    resting: BTreeSet<(Timestamp, Seq)>,
+    /// How many entries in doubt each hash slot holds.
+    doubts: HashMap<usize, u32>,
     /// How many entries that are not in flight each hash slot holds: what a new
     /// message of the same order key must not overtake. A slot shared by two
     /// keys only sends a message behind the drain that could have gone ahead.
@@ -97,6 +99,14 @@ impl Budget {
             bytes: AtomicUsize::new(0),
             freed: Notify::new(),
         }
+    }
+
+    /// Whether a message that goes into the spool at once would find room. A
+    /// tenth is kept aside for what lanes write to healthy brokers, so that the
+    /// outage of one broker does not stop the others.
+    pub(crate) fn has_spool_room(&self, size: usize) -> bool {
+        self.messages.load(Relaxed) < self.max_messages - self.max_messages / 10
+            && self.bytes.load(Relaxed) + size <= self.max_bytes - self.max_bytes / 10
     }
 
     /// Takes room for one message of `size` bytes, if there is any.
@@ -149,7 +159,8 @@ impl Spool {
             in_flight: 0,
             leased: 0,
             bytes: 0,
-            resting: 0,
+            resting: BTreeSet::new(),
+            doubts: HashMap::new(),
             // Made when the first entry comes: most lanes never spool.
             fence: Vec::new(),
             hasher: RandomState::new(),
@@ -195,12 +206,12 @@ impl Spool {
     /// Adds an entry at its place in the publish order.
     pub(crate) fn insert(&mut self, seq: Seq, entry: Entry, status: Status) {
         self.bytes += entry.size;
-        self.resting += usize::from(entry.due.is_some());
         let priority = entry.message.priority.value();
         let slot = self.slot(&entry.order);
+        let due = entry.due;
         let old = self.entries.insert(seq, (entry, status));
         debug_assert!(old.is_none(), "a sequence number was used twice");
-        self.enter(seq, status, priority, slot);
+        self.enter(seq, status, due, priority, slot);
     }
 
     /// Moves an entry to another status. False when it is not there.
@@ -210,20 +221,18 @@ impl Spool {
         };
         let was = std::mem::replace(old, status);
         let priority = entry.message.priority.value();
-        let order = entry.order.clone();
-        let slot = self.slot(&order);
-        self.leave(seq, was, priority, slot);
-        self.enter(seq, status, priority, slot);
+        let due = entry.due;
+        let slot = slot(&self.hasher, &entry.order);
+        self.leave(seq, was, due, priority, slot);
+        self.enter(seq, status, due, priority, slot);
         true
     }
 
-    /// Changes an entry in place. The message's priority, its order key and the
-    /// size must stay what they are.
+    /// Changes an entry in place, one that is not ready. The message's priority,
+    /// its order key and the size must stay what they are.
     pub(crate) fn edit(&mut self, seq: Seq, change: impl FnOnce(&mut Entry)) {
         if let Some((entry, _)) = self.entries.get_mut(&seq) {
-            let before = usize::from(entry.due.is_some());
             change(entry);
-            self.resting = self.resting + usize::from(entry.due.is_some()) - before;
         }
     }
 
@@ -231,37 +240,56 @@ impl Spool {
     pub(crate) fn remove(&mut self, seq: Seq) -> Option<Entry> {
         let (entry, status) = self.entries.remove(&seq)?;
         self.bytes -= entry.size;
-        self.resting -= usize::from(entry.due.is_some());
         let slot = self.slot(&entry.order);
-        self.leave(seq, status, entry.message.priority.value(), slot);
+        self.leave(seq, status, entry.due, entry.message.priority.value(), slot);
+        if self.entries.is_empty() {
+            // Most lanes spool rarely; the next outage makes another fence.
+            self.fence = Vec::new();
+        }
         Some(entry)
     }
 
-    /// The first ready entry in publish order that is due.
-    pub(crate) fn next_to_drain(&self, now: Timestamp) -> Option<Seq> {
-        self.ready
-            .iter()
-            .copied()
-            .find(|seq| self.is_due(*seq, now))
+    /// Wakes entries whose rest is over.
+    pub(crate) fn wake(&mut self, now: Timestamp) {
+        while let Some((due, seq)) = self.resting.first().copied() {
+            if due > now {
+                return;
+            }
+            self.resting.pop_first();
+            if let Some((entry, _)) = self.entries.get_mut(&seq) {
+                entry.due = None;
+                let priority = entry.message.priority.value();
+                let slot = slot(&self.hasher, &entry.order);
+                self.enter(seq, Status::Ready, None, priority, slot);
+            }
+        }
     }
 
-    /// The first ready entry by priority, then publish order, that is due.
-    pub(crate) fn next_to_lease(&self, now: Timestamp) -> Option<Seq> {
-        self.by_priority
-            .iter()
-            .map(|(_, seq)| *seq)
-            .find(|seq| self.is_due(*seq, now))
+    /// The first ready entry in publish order.
+    pub(crate) fn next_to_drain(&self) -> Option<Seq> {
+        self.ready.first().copied()
+    }
+
+    /// The first ready entry by priority, then publish order, that overtakes
+    /// nothing which is in doubt.
+    pub(crate) fn next_to_lease(&self) -> Option<Seq> {
+        let free = |seq: &Seq| {
+            self.doubts.is_empty()
+                || self
+                    .get(*seq)
+                    .is_some_and(|e| !self.doubts.contains_key(&slot(&self.hasher, &e.order)))
+        };
+        self.by_priority.iter().map(|(_, seq)| *seq).find(free)
     }
 
     /// When the first entry that rests becomes due.
     pub(crate) fn next_due(&self) -> Option<Timestamp> {
-        if self.resting == 0 {
-            return None;
-        }
-        self.ready
-            .iter()
-            .filter_map(|seq| self.get(*seq).and_then(|e| e.due))
-            .min()
+        self.resting.first().map(|(due, _)| *due)
+    }
+
+    /// Entries that rest.
+    pub(crate) fn resting(&self) -> usize {
+        self.resting.len()
     }
 
     /// Whether a new message of this order key would overtake an entry.
@@ -271,21 +299,32 @@ impl Spool {
             .is_some_and(|count| *count > 0)
     }
 
-    fn is_due(&self, seq: Seq, now: Timestamp) -> bool {
-        self.get(seq)
-            .is_some_and(|e| e.due.is_none_or(|due| due <= now))
-    }
-
     fn slot(&self, order: &OrderKey) -> usize {
-        usize::try_from(self.hasher.hash_one(order)).unwrap_or(0) % FENCE_SLOTS
+        slot(&self.hasher, order)
     }
 
-    fn enter(&mut self, seq: Seq, status: Status, priority: u8, slot: usize) {
+    fn enter(
+        &mut self,
+        seq: Seq,
+        status: Status,
+        due: Option<Timestamp>,
+        priority: u8,
+        slot: usize,
+    ) {
         match status {
-            Status::InDoubt => self.in_doubt += 1,
+            Status::InDoubt => {
+                self.in_doubt += 1;
+                *self.doubts.entry(slot).or_default() += 1;
+            }
             Status::InFlight => self.in_flight += 1,
             Status::Leased => self.leased += 1,
             Status::Ready => {
+                if let Some(due) = due {
+                    // A retry has lost its place in the order: it rests apart
+                    // and holds nobody up.
+                    self.resting.insert((due, seq));
+                    return;
+                }
                 self.ready.insert(seq);
                 self.by_priority.insert((u8::MAX - priority, seq));
             }
@@ -300,12 +339,32 @@ impl Spool {
         }
     }
 
-    fn leave(&mut self, seq: Seq, status: Status, priority: u8, slot: usize) {
+    fn leave(
+        &mut self,
+        seq: Seq,
+        status: Status,
+        due: Option<Timestamp>,
+        priority: u8,
+        slot: usize,
+    ) {
         match status {
-            Status::InDoubt => self.in_doubt -= 1,
+            Status::InDoubt => {
+                self.in_doubt -= 1;
+                if let Some(count) = self.doubts.get_mut(&slot) {
+                    *count -= 1;
+                    if *count == 0 {
+                        self.doubts.remove(&slot);
+                    }
+                }
+            }
             Status::InFlight => self.in_flight -= 1,
             Status::Leased => self.leased -= 1,
             Status::Ready => {
+                if let Some(due) = due
+                    && self.resting.remove(&(due, seq))
+                {
+                    return;
+                }
                 self.ready.remove(&seq);
                 self.by_priority.remove(&(u8::MAX - priority, seq));
             }
@@ -316,4 +375,8 @@ impl Spool {
             }
         }
     }
+}
+
+fn slot(hasher: &RandomState, order: &OrderKey) -> usize {
+    usize::try_from(hasher.hash_one(order)).unwrap_or(0) % FENCE_SLOTS
 }

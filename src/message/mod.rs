@@ -150,7 +150,7 @@ impl Default for Message {
             priority: Priority::NORMAL,
             key: None,
             retry_count: 0,
-            max_retries: 3,
+            max_retries: Self::DEFAULT_MAX_RETRIES,
             trace_id: None,
             correlation_id: None,
             reply_to: None,
@@ -169,6 +169,9 @@ impl Default for Message {
 }
 
 impl Message {
+    /// Retries of a message that says nothing.
+    pub const DEFAULT_MAX_RETRIES: u32 = 3;
+
     /// A message of a type, with a payload and a fresh id.
     pub fn new(kind: impl Into<String>, payload: impl Into<Bytes>) -> Self {
         Self {

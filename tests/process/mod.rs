@@ -97,6 +97,10 @@ impl Hub {
     }
 
     /// Waits for the end; stderr with it.
+    #[allow(
+        clippy::disallowed_methods,
+        reason = "polls a process until a deadline, on the test's own thread"
+    )]
     pub fn ended(&mut self) -> (ExitStatus, String) {
         let deadline = Instant::now() + PATIENCE;
         let status = loop {

@@ -24,8 +24,10 @@ const VERSION: &str = "1.0";
 pub(super) fn structured(json: &[u8]) -> Result<Message, Problem> {
     let fields: BTreeMap<String, &RawValue> = serde_json::from_slice(json)
         .map_err(|e| Problem::invalid(format!("the body is not a CloudEvent: {e}")))?;
-    let mut message = Message::default();
-    message.event = Some(Box::default());
+    let mut message = Message {
+        event: Some(Box::default()),
+        ..Message::default()
+    };
     let mut seen = Required::default();
     for (name, value) in &fields {
         if matches!(name.as_str(), "data" | "data_base64") || value.get() == "null" {

@@ -12,7 +12,11 @@ use crate::error::{Assume, Error, ErrorCode};
 
 /// What went wrong, in the form that clients get.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct Problem {
+#[serde(transparent)]
+pub(super) struct Problem(Box<Inner>);
+
+#[derive(Clone, Debug, Serialize)]
+struct Inner {
     /// A stable URI for the kind of problem.
     #[serde(rename = "type")]
     kind: String,
@@ -35,7 +39,7 @@ pub(super) struct Problem {
 impl Problem {
     /// A problem of HTTP itself, that no message was touched by.
     pub(super) fn http(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Inner {
             kind: uri(code),
             title: status.canonical_reason().unwrap_or("Error"),
             status: status.as_u16(),
@@ -47,7 +51,7 @@ impl Problem {
             id: None,
             broker: None,
             retry_after: None,
-        }
+        }))
     }
 
     /// The body or its parameters cannot be understood.
@@ -91,25 +95,25 @@ impl Problem {
 
     /// The status that it is answered with.
     pub(super) fn status(&self) -> StatusCode {
-        StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+        StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }
 
     /// Names the topic where the error did not.
     pub(super) fn on(mut self, topic: &str) -> Self {
-        self.topic.get_or_insert_with(|| topic.to_owned());
+        self.0.topic.get_or_insert_with(|| topic.to_owned());
         self
     }
 
     /// Names the message where the error did not.
     pub(super) fn with_id(mut self, id: &str) -> Self {
-        self.id.get_or_insert_with(|| id.to_owned());
+        self.0.id.get_or_insert_with(|| id.to_owned());
         self
     }
 
     /// Says when it may be tried again.
     pub(super) fn retry_after(mut self, after: Duration) -> Self {
-        self.retryable = true;
-        self.retry_after = Some(after);
+        self.0.retryable = true;
+        self.0.retry_after = Some(after);
         self
     }
 }
@@ -124,7 +128,7 @@ impl From<Error> for Problem {
             detail.push_str(&why.to_string());
             cause = why.source();
         }
-        Self {
+        Self(Box::new(Inner {
             kind: uri(error.code().as_str()),
             title,
             status: status.as_u16(),
@@ -136,13 +140,13 @@ impl From<Error> for Problem {
             id: error.message_id().map(str::to_owned),
             broker: error.broker().map(|b| b.as_str()),
             retry_after: (status == StatusCode::SERVICE_UNAVAILABLE).then_some(RETRY_AFTER),
-        }
+        }))
     }
 }
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.code, self.detail)
+        write!(f, "{}: {}", self.0.code, self.0.detail)
     }
 }
 
@@ -156,7 +160,7 @@ impl IntoResponse for Problem {
         )
             .into_response();
         let headers = response.headers_mut();
-        if let Some(after) = self.retry_after {
+        if let Some(after) = self.0.retry_after {
             headers.insert(
                 header::RETRY_AFTER,
                 HeaderValue::from(after.as_secs().max(1)),

@@ -126,6 +126,8 @@ pub(crate) struct Machine<W> {
     /// The first deadline of those that wait, or one that has passed since.
     earliest_deadline: Option<Instant>,
     in_flight: BTreeMap<Seq, InFlight<W>>,
+    /// How many of those are new publishes, not drained ones.
+    fresh: usize,
     spool: Spool,
     next_seq: Seq,
     hedge: Hedge,
@@ -134,6 +136,7 @@ pub(crate) struct Machine<W> {
     /// its generation is ending, and writing to it again would only bring the
     /// same answer until the end is seen.
     broken: bool,
+    closing: bool,
     /// The primary said that it is overloaded: nothing is written before this.
     pause_until: Option<Instant>,
     /// Doubles with each overload in a row, reset by a confirm.
@@ -170,11 +173,13 @@ impl<W> Machine<W> {
             waiting: VecDeque::new(),
             earliest_deadline: None,
             in_flight: BTreeMap::new(),
+            fresh: 0,
             spool: Spool::new(),
             next_seq: 1,
             hedge,
             suspect_since: None,
             broken: false,
+            closing: false,
             pause_until: None,
             pause,
             credit: FIRST_CREDIT,
@@ -327,7 +332,8 @@ impl<W> Machine<W> {
                 self.actions
                     .push(Action::Answer(intake.waiter, Err(error.clone())));
             }
-            while let Some(seq) = self.spool.next_to_drain(far_future()) {
+            self.spool.wake(far_future());
+            while let Some(seq) = self.spool.next_to_drain() {
                 self.refuse_spooled(seq, error);
             }
             // The broker answers, so this is not an outage: the next publish
@@ -348,7 +354,7 @@ impl<W> Machine<W> {
 
     /// The broker answered a submission.
     pub(crate) fn confirmed(&mut self, now: Now, seq: Seq, fate: Fate) {
-        let Some(flight) = self.in_flight.remove(&seq) else {
+        let Some(flight) = self.land(seq) else {
             // Its generation was given up before; the copy was drained or will be.
             return;
         };
@@ -403,6 +409,18 @@ impl<W> Machine<W> {
         self.pump(now);
     }
 
+    /// The hub closes: nothing rests any longer, since what is not written now
+    /// is lost with a memory spool.
+    pub(crate) fn close(&mut self, now: Now) {
+        self.closing = true;
+        self.pump(now);
+    }
+
+    /// Whether the spool can still be moved to the primary.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.open && !self.spool.is_empty()
+    }
+
     /// Time has passed.
     pub(crate) fn tick(&mut self, now: Now) {
         if self.state != LaneState::Suspect
@@ -449,7 +467,7 @@ impl<W> Machine<W> {
             return None;
         }
         loop {
-            let seq = self.spool.next_to_lease(now.wall)?;
+            let seq = self.spool.next_to_lease()?;
             if self.bury_if_expired(now, seq) {
                 continue;
             }
@@ -498,6 +516,13 @@ impl<W> Machine<W> {
     }
 
     // ----- the inside -----
+
+    /// Takes a message out of those in flight.
+    fn land(&mut self, seq: Seq) -> Option<InFlight<W>> {
+        let flight = self.in_flight.remove(&seq)?;
+        self.fresh -= usize::from(flight.fresh.is_some());
+        Some(flight)
+    }
 
     fn go(&mut self, to: LaneState, why: &'static str) {
         if self.state != to {
@@ -552,7 +577,10 @@ impl<W> Machine<W> {
         for seq in seqs {
             let fresh = self.in_flight.get_mut(&seq).and_then(|f| f.fresh.take());
             match fresh {
-                Some((entry, waiter, _)) => self.file(seq, entry, waiter, Status::InDoubt),
+                Some((entry, waiter, _)) => {
+                    self.fresh -= 1;
+                    self.file(seq, entry, waiter, Status::InDoubt);
+                }
                 None => {
                     self.spool.set(seq, Status::InDoubt);
                 }
@@ -638,6 +666,7 @@ impl<W> Machine<W> {
             .at(self.settings.via)
             .on(&*self.settings.topic);
         let flights = std::mem::take(&mut self.in_flight);
+        self.fresh = 0;
         for (seq, flight) in flights {
             self.give_back(now, seq, flight.fresh, true, &lost);
         }
@@ -679,6 +708,8 @@ impl<W> Machine<W> {
 
     /// Does whatever the state allows now: ends a suspicion, drains, admits.
     fn pump(&mut self, now: Now) {
+        self.spool
+            .wake(if self.closing { far_future() } else { now.wall });
         if self.state == LaneState::Suspect
             && self.spool.in_doubt() == 0
             && self.in_flight.is_empty()
@@ -701,7 +732,11 @@ impl<W> Machine<W> {
         if !batch.is_empty() {
             self.actions.push(Action::Write(batch));
         }
-        if self.state == LaneState::Draining && self.spool.len() == self.spool.leased() {
+        // What rests or is in a local handler's hands comes back by itself and
+        // starts another drain.
+        if self.state == LaneState::Draining
+            && self.spool.len() == self.spool.leased() + self.spool.resting()
+        {
             self.go(LaneState::Primary, "the spool is empty");
         }
     }
@@ -720,8 +755,10 @@ impl<W> Machine<W> {
             return;
         }
         let share = (self.settings.window * 3 / 4).max(1);
-        while self.in_flight.len() < share {
-            let Some(seq) = self.spool.next_to_drain(now.wall) else {
+        while self.in_flight.len() - self.fresh < share
+            && self.in_flight.len() < self.settings.window
+        {
+            let Some(seq) = self.spool.next_to_drain() else {
                 return;
             };
             if self.bury_if_expired(now, seq) {
@@ -758,38 +795,43 @@ impl<W> Machine<W> {
             // A lane writes only what the spool could take back.
             let size = intake.message.size() + ENTRY_OVERHEAD;
             let room = !self.settings.spool || self.settings.budget.has_room(size);
-            let free = self.in_flight.len() < self.settings.window;
-            let way = match self.state {
-                LaneState::Primary if self.may_write() => {
-                    if free && room {
-                        Way::Write
-                    } else {
-                        Way::Wait
-                    }
-                }
-                LaneState::Primary => Way::Wait,
-                LaneState::Suspect | LaneState::Degraded if self.settings.spool => {
-                    if room {
-                        Way::Spool
-                    } else {
-                        Way::Wait
-                    }
-                }
-                LaneState::Suspect | LaneState::Degraded => Way::Wait,
+            let spool_room = self.settings.budget.has_spool_room(size);
+            // While it drains, new publishes have a quarter of the window.
+            let free = match self.state {
                 LaneState::Draining => {
-                    if self.spool.fences(&intake.order) {
-                        if room && self.credit > 0 {
-                            Way::Spool
+                    self.fresh < self.settings.window.div_ceil(4)
+                        && self.in_flight.len() < self.settings.window
+                }
+                _ => self.in_flight.len() < self.settings.window,
+            };
+            let way =
+                match self.state {
+                    LaneState::Primary if self.may_write() => {
+                        if free && room {
+                            Way::Write
                         } else {
                             Way::Wait
                         }
-                    } else if free && room && self.may_write() {
-                        Way::Write
-                    } else {
-                        Way::Wait
                     }
-                }
-            };
+                    LaneState::Primary => Way::Wait,
+                    LaneState::Suspect | LaneState::Degraded if self.settings.spool => {
+                        if spool_room { Way::Spool } else { Way::Wait }
+                    }
+                    LaneState::Suspect | LaneState::Degraded => Way::Wait,
+                    LaneState::Draining => {
+                        if self.spool.fences(&intake.order) {
+                            if spool_room && self.credit > 0 {
+                                Way::Spool
+                            } else {
+                                Way::Wait
+                            }
+                        } else if free && room && self.may_write() {
+                            Way::Write
+                        } else {
+                            Way::Wait
+                        }
+                    }
+                };
             if matches!(way, Way::Wait) {
                 break;
             }
@@ -831,16 +873,20 @@ impl<W> Machine<W> {
                     fresh: Some((entry, intake.waiter, intake.deadline)),
                 },
             );
+            self.fresh += 1;
         }
         if self.state == LaneState::Degraded && !self.settings.spool {
             self.refuse_waiting();
         }
     }
 
+    /// Whether the front of the queue would find room where it would go now.
     fn has_room(&self, message: &Message) -> bool {
-        self.settings
-            .budget
-            .has_room(message.size() + ENTRY_OVERHEAD)
+        let size = message.size() + ENTRY_OVERHEAD;
+        match self.state {
+            LaneState::Primary => self.settings.budget.has_room(size),
+            _ => self.settings.budget.has_spool_room(size),
+        }
     }
 
     /// Without a spool an outage is an error at once.
@@ -891,11 +937,12 @@ impl<W> Machine<W> {
             .map(|(seq, _)| *seq)
             .collect();
         for seq in late {
-            if let Some(InFlight {
-                fresh: Some((entry, waiter, _)),
-                ..
-            }) = self.in_flight.remove(&seq)
-            {
+            // It stays in flight, unanswered for nobody, until the broker's word
+            // or the end of its generation: it still takes its place in the
+            // window, or a stalled broker would be sent ever more.
+            let fresh = self.in_flight.get_mut(&seq).and_then(|f| f.fresh.take());
+            if let Some((entry, waiter, _)) = fresh {
+                self.fresh -= 1;
                 self.release(entry.size);
                 let error = Error::unknown(
                     ErrorCode::PublishTimeout,

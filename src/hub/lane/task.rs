@@ -170,6 +170,10 @@ const TURN: usize = 256;
 /// Pause before a lane that could not be opened is tried again.
 const REOPEN_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long a reader whose channel was full, perhaps with other lanes' messages,
+/// is left before it is looked at again.
+const READER_PAUSE: Duration = Duration::from_millis(20);
+
 /// Starts a lane's task.
 pub(crate) fn spawn(parts: Parts) -> LaneHandle {
     let (intake, items) = mpsc::channel(INTAKE_BOUND);
@@ -232,21 +236,30 @@ impl Task {
         } else {
             self.machine.broker_back(now());
         }
+        let budget = self.parts.settings.budget.clone();
         loop {
             self.act();
-            self.feed_readers();
+            // Listening begins before the last look, or room that comes free in
+            // between would be rung for to nobody.
+            let mut freed = std::pin::pin!(budget.freed.notified());
+            let wants_room = self.machine.waiting() > 0;
+            if wants_room {
+                freed.as_mut().enable();
+                self.machine.tick(now());
+                self.act();
+            }
+            let starved = self.feed_readers();
             self.act();
             self.status.show(&self.machine);
-            if closing && !open_intake && self.may_end() {
+            if !open_intake && self.may_end() {
                 break;
             }
-            let deadline = [self.machine.next_deadline(now()), reopen]
+            let look_again = starved.then(|| now().at + READER_PAUSE);
+            let deadline = [self.machine.next_deadline(now()), reopen, look_again]
                 .into_iter()
                 .flatten()
                 .min();
             let wants_intake = open_intake && self.machine.waiting() < WAITING_BOUND;
-            let wants_room = self.machine.waiting() > 0;
-            let budget = self.parts.settings.budget.clone();
             let health = self.parts.health.clone();
             tokio::select! {
                 biased;
@@ -340,7 +353,7 @@ impl Task {
                         self.machine.broker_back(now());
                     }
                 }
-                () = budget.freed.notified(), if wants_room => self.machine.tick(now()),
+                () = freed, if wants_room => self.machine.tick(now()),
                 () = sleep_until(deadline) => {
                     let now = now();
                     if reopen.is_some_and(|at| at <= now.at) {
@@ -353,6 +366,7 @@ impl Task {
                 }
                 () = self.parts.closing.cancelled(), if !closing => {
                     closing = true;
+                    self.machine.close(now());
                     // Nothing new from here on; what is in the channel is served.
                     items.close();
                 }
@@ -434,12 +448,12 @@ impl Task {
                     "the broker opened no publishing channel in time",
                 ))
             });
-            if let Some(health) = &health {
-                match &opened {
-                    // A refusal is an answer.
-                    Err(error) if !error.is_refusal() => health.failed(),
-                    _ => health.succeeded(),
-                }
+            // A failure here may be this topic's alone; only the prober, which
+            // asks the broker as a whole, counts failures.
+            if let Some(health) = &health
+                && opened.is_ok()
+            {
+                health.succeeded();
             }
             opened
         }));
@@ -503,11 +517,13 @@ impl Task {
         let _ = self.parts.changes.send(change);
     }
 
-    /// Hands spooled messages to local readers that have room.
-    fn feed_readers(&mut self) {
+    /// Hands spooled messages to local readers that have room. True when one
+    /// could not be looked after because its channel was full.
+    fn feed_readers(&mut self) -> bool {
         if self.readers.is_empty() {
-            return;
+            return false;
         }
+        let mut starved = false;
         let now = now();
         for (reader, held) in &mut self.readers {
             if reader.limit == 0 {
@@ -515,6 +531,7 @@ impl Task {
             }
             let mut batch = Vec::new();
             let Ok(permit) = reader.deliveries.try_reserve() else {
+                starved = !reader.deliveries.is_closed() && self.machine.spool().ready() > 0;
                 continue;
             };
             while *held < reader.limit {
@@ -533,6 +550,7 @@ impl Task {
                 permit.send(batch);
             }
         }
+        starved
     }
 
     /// Live readers without a group see a spooled message at once; a slow one
@@ -581,14 +599,17 @@ impl Task {
     /// Closing ends when nothing more will happen by itself: no outcome is due
     /// and no drain goes on.
     fn may_end(&self) -> bool {
-        self.machine.is_quiet()
-            && self.leases.is_empty()
-            && (self.machine.spool().is_empty() || self.machine.state() == LaneState::Degraded)
+        self.machine.is_quiet() && self.leases.is_empty() && !self.machine.is_draining()
     }
 }
 
 fn received(parts: &Parts, message: &Arc<Message>, marks: Marks) -> Received {
     let mut shown = (**message).clone();
+    // An id that the hub made is as good as a brought one from here on: the copy
+    // that may be at the primary comes back under it, and must be recognised.
+    if let Ok(id) = MessageId::new(shown.id.as_str()) {
+        shown.id = id;
+    }
     shown.topic = Some(parts.topic.to_string());
     Received {
         topic: parts.topic.clone(),

@@ -24,6 +24,7 @@ type Offsets = Vec<(TopicPartition, i64)>;
 
 /// Calls again while the group's coordinator, or a partition's leader, is being
 /// found or moves. Blocks.
+#[allow(clippy::disallowed_methods, reason = "runs on a thread that may block")]
 pub(in crate::adapter::kafka) fn steady<T>(call: impl Fn() -> KafkaResult<T>) -> KafkaResult<T> {
     let until = Instant::now() + LOOKUP;
     loop {
