@@ -270,6 +270,12 @@ pub trait Factory: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// How long after its declaration a queue or stream may still be lost, or
+    /// made unusable, by a kill of the server. The suite kills no younger one.
+    fn declaration_settles(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// How to kill and restart the server, if the suite may.
     fn restart(&self) -> Option<&dyn Restart> {
         None

@@ -30,6 +30,7 @@ pub struct HubFactory {
     name: String,
     connect: Connect,
     over: Arc<dyn Factory>,
+    without: Vec<Capability>,
     current: Mutex<Option<MessagingHub>>,
 }
 
@@ -46,8 +47,17 @@ impl HubFactory {
             name: name.into(),
             connect: Box::new(connect),
             over,
+            // The hub has no call for these.
+            without: vec![Capability::Offsets, Capability::Purge],
             current: Mutex::new(None),
         }
+    }
+
+    /// Without a capability of the backend that this hub is not given.
+    #[must_use]
+    pub fn without(mut self, capability: Capability) -> Self {
+        self.without.push(capability);
+        self
     }
 
     fn open_hub(&self) -> Option<MessagingHub> {
@@ -63,11 +73,9 @@ impl Factory for HubFactory {
     }
 
     fn capabilities(&self) -> Capabilities {
-        // The hub has no call for these.
-        self.over
-            .capabilities()
-            .without(Capability::Offsets)
-            .without(Capability::Purge)
+        let all = self.over.capabilities();
+        let lacking = self.without.iter().copied();
+        lacking.fold(all, Capabilities::without)
     }
 
     async fn connect(&self) -> Result<Arc<dyn Target>> {
@@ -101,6 +109,10 @@ impl Factory for HubFactory {
 
     fn secrets(&self) -> Vec<String> {
         self.over.secrets()
+    }
+
+    fn declaration_settles(&self) -> Duration {
+        self.over.declaration_settles()
     }
 
     fn restart(&self) -> Option<&dyn Restart> {
@@ -237,5 +249,6 @@ impl Target for MessagingHub {
     }
 }
 
-/// What a hub is given to close.
-const GRACE: Duration = Duration::from_secs(10);
+/// What a hub is given to close; what a check still holds unsettled then uses it
+/// up.
+const GRACE: Duration = Duration::from_secs(3);

@@ -17,7 +17,8 @@
 //! ```no_run
 //! # async fn f(factory: std::sync::Arc<dyn messaging_hub::conformance::Factory>) {
 //! use messaging_hub::conformance::{Filter, Table, run};
-//! let report = run(factory, &Filter::default()).await;
+//! let four_at_once = std::sync::Arc::new(tokio::sync::Semaphore::new(4));
+//! let report = run(factory, &Filter::default(), four_at_once).await;
 //! println!("{}", Table::new(&[report]));
 //! # }
 //! ```

@@ -233,13 +233,17 @@ fn acked_whatever_is_said(delivery: Delivery) -> Delivery {
     Delivery::new(received, tx, tag)
 }
 
+fn at_once() -> Arc<tokio::sync::Semaphore> {
+    Arc::new(tokio::sync::Semaphore::new(1))
+}
+
 /// Runs some checks over a broken broker and expects one of them to fail.
 async fn caught_by(fault: Fault, checks: &str) {
     let factory = Arc::new(Broken {
         inner: EmbeddedFactory::new(),
         fault,
     });
-    let report = run(factory, &Filter::containing(checks)).await;
+    let report = run(factory, &Filter::containing(checks), at_once()).await;
     assert!(!report.rows.is_empty(), "no check is named {checks}");
     assert!(report.failures().count() > 0, "not caught:\n{report}");
 }
@@ -297,7 +301,7 @@ async fn the_suite_passes_the_same_broker_unbroken() {
         inner: EmbeddedFactory::new(),
         fault: Fault::None,
     });
-    let report = run(factory, &Filter::containing(&names.join(","))).await;
+    let report = run(factory, &Filter::containing(&names.join(",")), at_once()).await;
     let ran = report.rows.iter();
     let ran = ran.filter(|row| row.check.starts_with(Kind::Queue.as_str()));
     assert!(ran.clone().count() >= names.len());

@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde::Serialize;
 
+use super::checks::all;
+
 /// What became of a check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "status", content = "reason", rename_all = "snake_case")]
@@ -48,6 +50,25 @@ pub struct Report {
 }
 
 impl Report {
+    /// A report whose rows stand in the order of the checks, in whatever order
+    /// they ended.
+    #[must_use]
+    pub fn of(name: String, mut rows: Vec<Row>) -> Self {
+        let place = |row: &Row| {
+            let name = row.check.split('/').next_back().unwrap_or_default();
+            let at = all().iter().position(|check| check.name == name);
+            (at, row.check.clone())
+        };
+        rows.sort_by_cached_key(place);
+        Self { name, rows }
+    }
+
+    /// With the rows of another run over the same backend.
+    #[must_use]
+    pub fn with(self, other: Self) -> Self {
+        Self::of(self.name, [self.rows, other.rows].concat())
+    }
+
     /// The checks that do not hold, with the reasons.
     pub fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
         self.rows.iter().filter_map(|row| match &row.status {

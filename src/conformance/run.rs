@@ -1,19 +1,27 @@
-//! Runs checks one after the other, each under a deadline.
+//! Runs checks, each under a deadline: several at once, since each works on
+//! names of its own, and those that kill the server one after the other.
 
 use std::{sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
-use tokio::time::{Instant, timeout};
+use tokio::{
+    sync::Semaphore,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
 
 use super::{
-    Check, Factory, Failure, Fixture, Kind,
+    Capability, Check, Factory, Failure, Fixture, Kind,
     checks::all,
     report::{Report, Row, Status},
 };
 
 /// Which checks run. Default: all.
 #[derive(Clone, Debug, Default)]
-pub struct Filter(Vec<String>);
+pub struct Filter {
+    texts: Vec<String>,
+    kills: Option<bool>,
+}
 
 impl Filter {
     /// Checks whose name (`queue/priority_is_honoured`) contains one of these
@@ -21,33 +29,70 @@ impl Filter {
     #[must_use]
     pub fn containing(texts: &str) -> Self {
         let texts = texts.split(',').map(str::trim).filter(|t| !t.is_empty());
-        Self(texts.map(str::to_owned).collect())
+        Self {
+            texts: texts.map(str::to_owned).collect(),
+            kills: None,
+        }
     }
 
-    fn passes(&self, name: &str) -> bool {
-        self.0.is_empty() || self.0.iter().any(|text| name.contains(text))
+    /// Of these, only the checks that kill the server, or only the others: for
+    /// backends that share a server, whose kills must meet no other check.
+    #[must_use]
+    pub fn kills(&self, kills: bool) -> Self {
+        Self {
+            texts: self.texts.clone(),
+            kills: Some(kills),
+        }
+    }
+
+    fn passes(&self, name: &str, check: &Check) -> bool {
+        let named = self.texts.is_empty() || self.texts.iter().any(|text| name.contains(text));
+        named && self.kills.is_none_or(|kills| kills == check.restarts)
     }
 }
 
-/// Runs the suite over one backend.
-pub async fn run(factory: Arc<dyn Factory>, filter: &Filter) -> Report {
+/// Runs the suite over one backend. Checks that share `at_once` run as many at
+/// a time as it has permits. Over a backend that lives inside its client they
+/// run one at a time, because they close that client, and take no permit.
+pub async fn run(factory: Arc<dyn Factory>, filter: &Filter, at_once: Arc<Semaphore>) -> Report {
+    let chosen = all().iter().flat_map(|check| {
+        let named = check.kinds.iter().map(move |kind| (check, *kind));
+        named.filter(|(check, kind)| filter.passes(&name(check, *kind), check))
+    });
+    let (kills, others): (Vec<_>, Vec<_>) = chosen.partition(|(check, _)| check.restarts);
+    let capabilities = factory.capabilities();
+    let alone = !capabilities.has(Capability::OutlivesClient);
     let mut rows = Vec::new();
-    for check in all() {
-        for &kind in check.kinds {
-            let name = format!("{kind}/{}", check.name);
-            if filter.passes(&name) {
-                let begun = Instant::now();
-                let status = run_one(&factory, check, kind).await;
-                let row = Row::new(name, status, begun.elapsed());
-                tracing::info!(backend = factory.name(), check = row.check, status = ?row.status, "checked");
-                rows.push(row);
-            }
+    let mut running = JoinSet::new();
+    for (check, kind) in others {
+        if alone {
+            rows.push(row(&factory, check, kind).await);
+            continue;
         }
+        let (factory, at_once) = (factory.clone(), at_once.clone());
+        running.spawn(async move {
+            // Never closed.
+            let _permit = at_once.acquire().await;
+            row(&factory, check, kind).await
+        });
     }
-    Report {
-        name: factory.name(),
-        rows,
+    rows.extend(running.join_all().await);
+    for (check, kind) in kills {
+        rows.push(row(&factory, check, kind).await);
     }
+    Report::of(factory.name(), rows)
+}
+
+async fn row(factory: &Arc<dyn Factory>, check: &Check, kind: Kind) -> Row {
+    let begun = Instant::now();
+    let status = run_one(factory, check, kind).await;
+    let row = Row::new(name(check, kind), status, begun.elapsed());
+    tracing::info!(backend = factory.name(), check = row.check, status = ?row.status, "checked");
+    row
+}
+
+fn name(check: &Check, kind: Kind) -> String {
+    format!("{kind}/{}", check.name)
 }
 
 async fn run_one(factory: &Arc<dyn Factory>, check: &Check, kind: Kind) -> Status {
@@ -84,6 +129,9 @@ fn not_applicable(factory: &dyn Factory, check: &Check, kind: Kind) -> Option<St
     }
     if let Some(missing) = check.needs.iter().find(|need| !can.has(**need)) {
         return Some(format!("{missing:?} not declared"));
+    }
+    if check.late && kind == Kind::Stream && !can.has(Capability::HistoryReplay) {
+        return Some("publishes before anybody reads; HistoryReplay not declared".to_owned());
     }
     (check.restarts && factory.restart().is_none()).then(|| "no restart hook".to_owned())
 }

@@ -125,8 +125,11 @@ impl Target for Arc<dyn MessageBroker> {
                 queues(self, topic)?.declare_queue(topic, &options).await
             }
             Kind::Stream => {
-                let options = wanted.topic_options();
-                streams(self, topic)?.create_topic(topic, &options).await
+                let Some(streams) = self.event_stream() else {
+                    // Streams that are not managed need to be known only.
+                    return self.ensure(&wanted.kind.source(topic)).await;
+                };
+                streams.create_topic(topic, &wanted.topic_options()).await
             }
         }
     }

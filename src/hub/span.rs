@@ -90,6 +90,7 @@ pub(crate) fn start(parts: Parts) -> (Consumer, impl Future<Output = ()> + Send 
     let task = Span {
         parts,
         moving: FuturesUnordered::new(),
+        answers: FuturesUnordered::new(),
         out: Some(out),
         settlements,
         held: HashMap::new(),
@@ -131,6 +132,8 @@ struct Span {
     parts: Parts,
     /// At most one for each delivery that was handed out.
     moving: FuturesUnordered<BoxFuture<'static, Moved>>,
+    /// Acks that the source has not answered; as many as were held at most.
+    answers: FuturesUnordered<BoxFuture<'static, ()>>,
     out: Option<mpsc::Sender<Vec<Delivery>>>,
     settlements: mpsc::UnboundedSender<Settlement>,
     held: HashMap<u64, Held>,
@@ -196,10 +199,12 @@ impl Span {
                 Some(batch) = receive(&mut self.parts.local), if want => {
                     pending = self.take(batch);
                 }
+                Some(()) = self.answers.next() => {}
                 Ok(()) = primary_state.changed() => {}
                 Ok(()) = self.parts.connection.changed() => {}
             }
-            if self.out.is_none() && self.held.is_empty() && self.moving.is_empty() {
+            let idle = self.moving.is_empty() && self.answers.is_empty();
+            if self.out.is_none() && self.held.is_empty() && idle {
                 break;
             }
         }
@@ -278,7 +283,13 @@ impl Span {
             // Handled is handled, whether or not the broker hears of it.
             (Some(lease), Verdict::Ack) => {
                 self.parts.group.commit(lease);
-                done
+                done.map(|answer| {
+                    let (done, upstream) = oneshot::channel();
+                    let closing = self.parts.closing.clone();
+                    self.answers
+                        .push(Box::pin(acknowledged(upstream, answer, closing)));
+                    done
+                })
             }
             // Not handled, and perhaps nowhere else yet: only once the source
             // says that the copy is safe may this one count as a duplicate. Had
@@ -315,6 +326,26 @@ impl Span {
             let _ = done.send(moved.outcome);
         }
     }
+}
+
+/// Passes the source's answer to an ack on. Where the source can no longer take
+/// it, the id is committed all the same: a copy that it hands out again is
+/// settled by the hub and reaches nobody, so the ack holds. Only a hub that
+/// closes, and forgets, must say otherwise.
+async fn acknowledged(
+    upstream: oneshot::Receiver<Result<()>>,
+    answer: oneshot::Sender<Result<()>>,
+    closing: CancellationToken,
+) {
+    let result = match upstream.await {
+        Ok(Err(error)) if error.code() == ErrorCode::AckFailed && !closing.is_cancelled() => Ok(()),
+        Ok(result) => result,
+        Err(_) if !closing.is_cancelled() => Ok(()),
+        // Dropping the answer tells the reader that the source is gone.
+        Err(_) => return,
+    };
+    // Whoever dropped the future abandoned the answer.
+    let _ = answer.send(result);
 }
 
 async fn receive(local: &mut Option<Local>) -> Option<Vec<Delivery>> {

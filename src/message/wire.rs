@@ -247,6 +247,13 @@ pub fn decode<'a>(
         }
     }
     marks.failure = failure;
+    if message.trace_id.is_some()
+        && message.trace_id.as_ref() == message.headers.get(names::TRACEPARENT)
+    {
+        // A whole traceparent in the trace id travels under both names; in the
+        // headers it was ours, for readers that know only the standard's.
+        message.headers.remove(names::TRACEPARENT);
+    }
     marks
 }
 

@@ -9,14 +9,48 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use messaging_hub::{
     Result,
+    adapter::embedded::{EmbeddedBroker, EmbeddedConfig},
     broker::{MessageBroker, Source},
-    conformance::{Capabilities, Capability as C, Factory, Kind, Restart, Target},
+    conformance::{Capabilities, Capability as C, Factory, Kind, Restart, Target, hub::HubFactory},
+    hub::{HubConfig, MessagingHub},
     topic::Pattern,
     topology::{Topology, TopologyMode},
 };
 use tokio::sync::Mutex;
 
 use crate::support::{self, Unavailable};
+
+/// Every wanted backend that needs a server, by server.
+pub async fn backends(wanted: &impl Fn(&str) -> bool) -> Vec<Vec<Arc<dyn Factory>>> {
+    let mut all = Vec::new();
+    #[cfg(feature = "rabbitmq")]
+    for version in support::RabbitVersion::ALL {
+        all.push(rabbit::backends(version, wanted).await);
+    }
+    #[cfg(feature = "kafka")]
+    all.push(kafka::backends(wanted).await);
+    all
+}
+
+/// The name of the hub's column over a backend.
+fn hub_over(name: &str) -> String {
+    format!("hub over {name}")
+}
+
+/// The hub over a broker, with an embedded fallback for outages.
+async fn hub(
+    broker: Arc<dyn MessageBroker>,
+    topology: Topology,
+    plug: impl FnOnce(&MessagingHub, Arc<dyn MessageBroker>),
+) -> Result<MessagingHub> {
+    broker.connect().await?;
+    let fallback = EmbeddedBroker::new(EmbeddedConfig::default(), Arc::new(topology.clone()));
+    fallback.connect().await?;
+    let hub = MessagingHub::new(HubConfig::default(), topology);
+    plug(&hub, broker);
+    hub.set_fallback_broker(fallback)?;
+    Ok(hub)
+}
 
 /// A node behind the restart hook: a restart needs it for itself.
 struct Server<N>(Mutex<N>);
@@ -50,9 +84,6 @@ async fn connected(broker: Arc<dyn MessageBroker>) -> Result<Arc<dyn Target>> {
 }
 
 #[cfg(feature = "rabbitmq")]
-pub use rabbit::{RabbitFactory, name as rabbit_name};
-
-#[cfg(feature = "rabbitmq")]
 mod rabbit {
     use messaging_hub::{
         adapter::rabbitmq::{RabbitMqBroker, RabbitMqConfig},
@@ -64,13 +95,42 @@ mod rabbit {
 
     use super::*;
 
-    pub struct RabbitFactory {
+    pub async fn backends(
+        version: RabbitVersion,
+        wanted: &impl Fn(&str) -> bool,
+    ) -> Vec<Arc<dyn Factory>> {
+        let name = name(version);
+        let over = hub_over(name);
+        if !wanted(name) && !wanted(&over) {
+            return Vec::new();
+        }
+        let server = RabbitFactory::start(version).await;
+        let factory = Arc::new(support::need!(server, Vec::new()));
+        let mut all: Vec<Arc<dyn Factory>> = Vec::new();
+        if wanted(name) {
+            all.push(factory.clone());
+        }
+        if wanted(&over) {
+            let below = factory.clone();
+            // The hub's streams are another broker's here.
+            let queues = HubFactory::new(over, factory, move || {
+                let topology = RabbitFactory::topology();
+                Box::pin(hub(below.broker(), topology, |hub, broker| {
+                    hub.set_task_queue_broker(broker);
+                }))
+            });
+            all.push(Arc::new(queues.without(C::Streams)));
+        }
+        all
+    }
+
+    struct RabbitFactory {
         version: RabbitVersion,
         url: String,
         server: Server<Rabbit>,
     }
 
-    pub fn name(version: RabbitVersion) -> &'static str {
+    fn name(version: RabbitVersion) -> &'static str {
         match version {
             RabbitVersion::V3_10 => "rabbitmq 3.10",
             RabbitVersion::V4 => "rabbitmq 4",
@@ -78,7 +138,7 @@ mod rabbit {
     }
 
     impl RabbitFactory {
-        pub async fn start(version: RabbitVersion) -> Result<Self, Unavailable> {
+        async fn start(version: RabbitVersion) -> Result<Self, Unavailable> {
             let node = Rabbit::start(version).await?;
             Ok(Self {
                 version,
@@ -86,6 +146,15 @@ mod rabbit {
                 url: node.url_as_helixagent(),
                 server: Server(Mutex::new(node)),
             })
+        }
+
+        fn broker(&self) -> Arc<dyn MessageBroker> {
+            let config = RabbitMqConfig {
+                url: Some(Secret::new(self.url.as_str())),
+                ..RabbitMqConfig::default()
+            };
+            let topology = Arc::new(Self::topology());
+            RabbitMqBroker::new(config, topology, TopologyMode::Apply)
         }
 
         /// Retries after a second instead of a minute.
@@ -119,11 +188,13 @@ mod rabbit {
             name(self.version).to_owned()
         }
 
-        /// Streams over an exchange and a queue for each group keep no history
-        /// and no offsets, so only queues are declared.
+        /// A stream is an exchange with a queue for each group: it keeps no
+        /// history and no offsets, so of streams only what needs neither.
         fn capabilities(&self) -> Capabilities {
             Capabilities::from([
                 C::Queues,
+                C::Streams,
+                C::Groups,
                 C::Priority,
                 C::Ttl,
                 C::DeadLetters,
@@ -131,7 +202,9 @@ mod rabbit {
                 C::Persistent,
                 C::OutlivesClient,
                 C::RedeliveredInQueues,
+                C::RedeliveredInStreams,
                 C::UnroutableRefused,
+                C::PerKeyOrder,
                 C::OrderedSingleConsumer,
                 C::QueueStats,
                 C::Dequeue,
@@ -145,12 +218,7 @@ mod rabbit {
         }
 
         async fn connect(&self) -> Result<Arc<dyn Target>> {
-            let config = RabbitMqConfig {
-                url: Some(Secret::new(self.url.as_str())),
-                ..RabbitMqConfig::default()
-            };
-            let topology = Arc::new(Self::topology());
-            connected(RabbitMqBroker::new(config, topology, TopologyMode::Apply)).await
+            connected(self.broker()).await
         }
 
         fn retry_delay(&self, _kind: Kind) -> Duration {
@@ -167,6 +235,13 @@ mod rabbit {
             vec!["helixagent123".to_owned()]
         }
 
+        /// A quorum queue's name is registered in a file that is written half a
+        /// second later; killed before, RabbitMQ makes the queue anew, without
+        /// its messages, and version 4 may never elect a leader for it.
+        fn declaration_settles(&self) -> Duration {
+            Duration::from_secs(2)
+        }
+
         fn restart(&self) -> Option<&dyn Restart> {
             Some(&self.server)
         }
@@ -174,9 +249,6 @@ mod rabbit {
 
     const RETRY: Duration = Duration::from_secs(1);
 }
-
-#[cfg(feature = "kafka")]
-pub use kafka::KafkaFactory;
 
 #[cfg(feature = "kafka")]
 mod kafka {
@@ -189,25 +261,67 @@ mod kafka {
 
     use super::*;
 
-    pub struct KafkaFactory {
+    pub async fn backends(wanted: &impl Fn(&str) -> bool) -> Vec<Arc<dyn Factory>> {
+        let over = hub_over(NAME);
+        if !wanted(NAME) && !wanted(&over) {
+            return Vec::new();
+        }
+        let server = KafkaFactory::start().await;
+        let factory = Arc::new(support::need!(server, Vec::new()));
+        let mut all: Vec<Arc<dyn Factory>> = Vec::new();
+        if wanted(NAME) {
+            all.push(factory.clone());
+        }
+        if wanted(&over) {
+            let below = factory.clone();
+            all.push(Arc::new(HubFactory::new(over, factory, move || {
+                let topology = KafkaFactory::topology();
+                Box::pin(hub(below.broker(), topology, |hub, broker| {
+                    hub.set_event_stream_broker(broker);
+                }))
+            })));
+        }
+        all
+    }
+
+    struct KafkaFactory {
         bootstrap: String,
         server: Server<Kafka>,
     }
 
     impl KafkaFactory {
-        pub async fn start() -> Result<Self, Unavailable> {
+        async fn start() -> Result<Self, Unavailable> {
             let node = Kafka::start().await?;
             Ok(Self {
                 bootstrap: node.bootstrap().to_owned(),
                 server: Server(Mutex::new(node)),
             })
         }
+
+        fn broker(&self) -> Arc<dyn MessageBroker> {
+            let config = KafkaConfig {
+                brokers: vec![self.bootstrap.clone()],
+                ..KafkaConfig::default()
+            };
+            KafkaBroker::new(config, Arc::new(Self::topology()), TopologyMode::Apply)
+        }
+
+        fn topology() -> Topology {
+            let names = Topology::default();
+            Topology {
+                topics: vec![TopicSpec {
+                    name: names.dead_letter_topic().to_owned(),
+                    options: TopicOptions::default(),
+                }],
+                ..Topology::default()
+            }
+        }
     }
 
     #[async_trait]
     impl Factory for KafkaFactory {
         fn name(&self) -> String {
-            "kafka".to_owned()
+            NAME.to_owned()
         }
 
         fn capabilities(&self) -> Capabilities {
@@ -234,19 +348,7 @@ mod kafka {
         }
 
         async fn connect(&self) -> Result<Arc<dyn Target>> {
-            let config = KafkaConfig {
-                brokers: vec![self.bootstrap.clone()],
-                ..KafkaConfig::default()
-            };
-            let names = Topology::default();
-            let topology = Arc::new(Topology {
-                topics: vec![TopicSpec {
-                    name: names.dead_letter_topic().to_owned(),
-                    options: TopicOptions::default(),
-                }],
-                ..Topology::default()
-            });
-            connected(KafkaBroker::new(config, topology, TopologyMode::Apply)).await
+            connected(self.broker()).await
         }
 
         fn retry_delay(&self, _kind: Kind) -> Duration {
@@ -264,5 +366,6 @@ mod kafka {
         }
     }
 
+    const NAME: &str = "kafka";
     const RETRY: Duration = Duration::from_millis(100);
 }

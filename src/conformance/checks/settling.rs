@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 
+use tokio::time::Instant;
+
 use crate::{
     broker::{Source, SubscribeOptions},
     conformance::{
@@ -281,15 +283,27 @@ pub(super) async fn a_dead_letter_leaves_and_can_be_read(f: Fixture) -> Result<(
         Source::Stream(_) => SubscribeOptions::group(format!("conformance.{}", f.unique())),
     };
     let mut reader = Reader::new(client.consume(&place, &options).await?);
-    // Other checks, and other users, have dead letters there too; held here,
-    // they are given back at the end.
+    // Other checks, and other users, have dead letters there too. They are held
+    // while more come, so as not to come again, and given back whenever nothing
+    // does: their owners wait for them as this check does for its own.
+    let deadline = Instant::now() + Reader::PATIENCE;
     let mut held = Vec::new();
     let letter = loop {
-        let delivery = reader.next().await?;
-        if delivery.message.id == id {
-            break delivery;
+        let Ok(next) = reader.poll(Instant::now() + Reader::QUIET).await else {
+            ensure!(
+                Instant::now() < deadline,
+                "expected the dead letter within {:?}, seen {} others",
+                Reader::PATIENCE,
+                held.len()
+            );
+            held.clear();
+            continue;
+        };
+        match next {
+            Some(delivery) if delivery.message.id == id => break delivery,
+            Some(delivery) => held.push(delivery),
+            None => return Err(Failure::new("expected the dead letter, the reader ended")),
         }
-        held.push(delivery);
     };
     let failure = letter.marks.failure.clone();
     ensure!(

@@ -22,7 +22,8 @@ use crate::{
 /// Partitions with an offset each.
 type Offsets = Vec<(TopicPartition, i64)>;
 
-/// Calls again while the group's coordinator is being found or moves. Blocks.
+/// Calls again while the group's coordinator, or a partition's leader, is being
+/// found or moves. Blocks.
 #[allow(clippy::disallowed_methods, reason = "runs on a thread that may block")]
 pub(in crate::adapter::kafka) fn steady<T>(call: impl Fn() -> KafkaResult<T>) -> KafkaResult<T> {
     let until = Instant::now() + LOOKUP;
@@ -44,6 +45,9 @@ fn is_passing(error: &KafkaError) -> bool {
                 | Code::CoordinatorNotAvailable
                 | Code::CoordinatorLoadInProgress
                 | Code::WaitingForCoordinator
+                // Of a topic that was made just now.
+                | Code::NotLeaderForPartition
+                | Code::LeaderNotAvailable
         )
     )
 }
@@ -70,11 +74,14 @@ pub(in crate::adapter::kafka) fn resolve<C: ConsumerContext>(
     for (topic, partition) in partitions {
         list.add_partition_offset(topic, *partition, wish)?;
     }
-    let found = client.offsets_for_times(list, LOOKUP)?;
+    let found = steady(|| {
+        let found = client.offsets_for_times(list.clone(), LOOKUP)?;
+        found.elements().iter().try_for_each(|e| e.error())?;
+        Ok(found)
+    })?;
     let mut resolved = Vec::with_capacity(partitions.len());
     let mut newer = Vec::new();
     for element in found.elements() {
-        element.error()?;
         let tp = (element.topic().to_owned(), element.partition());
         match element.offset() {
             Offset::Offset(offset) => resolved.push((tp, offset)),
@@ -83,7 +90,7 @@ pub(in crate::adapter::kafka) fn resolve<C: ConsumerContext>(
         }
     }
     for (topic, partition) in newer {
-        let (_, high) = client.fetch_watermarks(&topic, partition, LOOKUP)?;
+        let (_, high) = steady(|| client.fetch_watermarks(&topic, partition, LOOKUP))?;
         resolved.push(((topic, partition), high));
     }
     Ok(resolved)
