@@ -9,7 +9,9 @@ use std::{
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{queue::ConsumerId, queues::options_from, shared::Shared, state::QueueConsumer};
+use super::{
+    queue::ConsumerId, queues::options_from, reader::Reader, shared::Shared, state::QueueConsumer,
+};
 use crate::{
     broker::{
         Consumer, ConsumerControl, Delivery, Received, RetryMode, Settlement, SubscribeOptions,
@@ -62,10 +64,53 @@ pub(super) fn consume_queues(
     ))
 }
 
+/// Starts a reader of streams.
+///
+/// # Errors
+/// `TOPIC_NOT_FOUND`, `SUBSCRIBE_FAILED`, `INVALID_CONFIG`.
+pub(super) fn consume_streams(
+    shared: &Arc<Shared>,
+    pattern: &Pattern,
+    options: &SubscribeOptions,
+) -> Result<Consumer> {
+    let wrong = |why: &str| Err(Error::rejected(ErrorCode::InvalidConfig, why));
+    if options.exclusive {
+        return wrong("a stream cannot be read exclusively; use a group with one member");
+    }
+    if !options.queue_arguments.is_empty() {
+        return wrong("queue_arguments have no meaning for a stream");
+    }
+    if options.max_poll_records == 0 || options.stream.buffer_size == 0 {
+        return wrong("max_poll_records and stream.buffer_size must be at least 1");
+    }
+    let capacity = options.buffer_size.clamp(1, STREAM_BATCHES);
+    let notify = Arc::new(Notify::new());
+    let reader = Reader::new(pattern.clone(), options, capacity, notify.clone());
+    let id = shared.step(|state, now| {
+        if let Some(topic) = pattern.literal() {
+            if state.config.auto_declare {
+                state.ensure_stream(now, &topic)?;
+            } else {
+                state.known_stream(&topic)?;
+            }
+        }
+        state.add_reader(now, reader)
+    })?;
+    Ok(start(
+        shared,
+        Port::Stream(id),
+        notify,
+        options,
+        capacity,
+        RetryMode::InLane,
+    ))
+}
+
 /// Which part of the state a consumer's task speaks to.
 #[derive(Clone, Copy)]
 pub(super) enum Port {
     Queue(ConsumerId),
+    Stream(ConsumerId),
 }
 
 impl Port {
@@ -73,12 +118,14 @@ impl Port {
     fn take(self, shared: &Shared) -> Vec<(u64, Received)> {
         match self {
             Self::Queue(id) => shared.step(|state, now| state.take_outbox(now, id)),
+            Self::Stream(id) => shared.step(|state, now| state.fetch(now, id)),
         }
     }
 
     fn settle(self, shared: &Shared, verdicts: Vec<(u64, Verdict)>) -> Vec<Result<()>> {
         match self {
             Self::Queue(id) => shared.step(|state, now| state.settle_queue(now, id, verdicts)),
+            Self::Stream(id) => shared.step(|state, now| state.settle_stream(now, id, verdicts)),
         }
     }
 
@@ -88,18 +135,21 @@ impl Port {
             Self::Queue(id) => {
                 shared.step(|state, now| state.detach_consumer(now, id));
             }
+            Self::Stream(id) => shared.step(|state, now| state.detach_reader(now, id)),
         }
     }
 
     fn held(self, shared: &Shared) -> usize {
         match self {
             Self::Queue(id) => shared.step(|state, _| state.held_by(id)),
+            Self::Stream(id) => shared.step(|state, _| state.read_by(id)),
         }
     }
 
     fn remove(self, shared: &Shared) {
         match self {
             Self::Queue(id) => shared.step(|state, now| state.remove_consumer(now, id)),
+            Self::Stream(id) => shared.step(|state, now| state.remove_reader(now, id)),
         }
     }
 }
@@ -123,7 +173,8 @@ pub(super) fn start(
         stopping,
         report,
         filter: options.filter.clone(),
-        needs_settling: !options.auto_ack,
+        needs_settling: !options.auto_ack
+            && (retry == RetryMode::Broker || options.group_id.is_some()),
     };
     shared.recorder.active_subscriptions.inc();
     shared.tasks.spawn(task.run());
@@ -283,6 +334,10 @@ fn canonical(shared: &Shared, pattern: &Pattern) -> Result<Pattern> {
         Error::rejected(ErrorCode::InvalidConfig, "the queue's name is no topic").caused_by(e)
     })
 }
+
+/// Batches of a stream that wait for the reader at most: few, so that each may
+/// be large and all together keep to `stream.buffer_size` messages.
+const STREAM_BATCHES: usize = 4;
 
 /// Verdicts carried out under one lock at most.
 const SETTLE_BATCH: usize = 1024;

@@ -22,14 +22,20 @@
 mod clock;
 mod config;
 mod consumer;
+mod event_stream;
+mod group;
 mod lease;
 mod publisher;
 mod queue;
 mod queues;
 mod rate;
+mod reader;
+mod reading;
 mod routing;
 mod shared;
 mod state;
+mod stream;
+mod streams;
 mod task_queue;
 mod topology;
 
@@ -41,9 +47,9 @@ use tokio::sync::watch;
 use self::shared::Shared;
 use crate::{
     broker::{
-        BrokerType, ConnectionState, Consumer, Handler, Lane, LaneOptions, MessageBroker,
-        PublishOptions, Receipt, Source, SubscribeOptions, Subscription, TaskQueueBroker,
-        dispatch::Subscriptions,
+        BrokerType, ConnectionState, Consumer, EventStreamBroker, Handler, Lane, LaneOptions,
+        MessageBroker, PublishOptions, Receipt, Source, SubscribeOptions, Subscription,
+        TaskQueueBroker, dispatch::Subscriptions,
     },
     error::Result,
     message::Message,
@@ -172,11 +178,7 @@ impl MessageBroker for EmbeddedBroker {
         }
         match source {
             Source::Queue(pattern) => consumer::consume_queues(&self.shared, pattern, options),
-            Source::Stream(pattern) => Err(crate::error::Error::rejected(
-                crate::error::ErrorCode::InvalidConfig,
-                "the embedded broker has no streams yet",
-            )
-            .on(pattern.as_str())),
+            Source::Stream(pattern) => consumer::consume_streams(&self.shared, pattern, options),
         }
     }
 
@@ -205,6 +207,10 @@ impl MessageBroker for EmbeddedBroker {
     }
 
     fn task_queue(&self) -> Option<&dyn TaskQueueBroker> {
+        Some(self)
+    }
+
+    fn event_stream(&self) -> Option<&dyn EventStreamBroker> {
         Some(self)
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{
+    group::StreamId,
     routing,
     shared::Shared,
     state::{QueueId, State},
@@ -21,6 +22,8 @@ use crate::{
 pub(super) enum Target {
     /// To these queues, with the key that they were routed by.
     Queues(Vec<QueueId>, Option<Arc<str>>),
+    /// Into this stream.
+    Stream(StreamId),
     /// Nowhere, which the publisher said is fine.
     Nowhere,
 }
@@ -79,17 +82,7 @@ pub(super) fn publish_batch(
         let order = OrderKey::Publisher(0);
         let fates = messages
             .iter()
-            .map(|m| {
-                state.accept(
-                    now,
-                    &target,
-                    m,
-                    &marks,
-                    m.key
-                        .as_ref()
-                        .map_or(order.clone(), |k| OrderKey::Key(k.bytes())),
-                )
-            })
+            .map(|m| state.accept(now, &target, m, &marks, &order))
             .collect::<Vec<_>>();
         state.pump_target(now, &target);
         fates
@@ -147,7 +140,7 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
                     } = submission;
                     tokens.push(token);
                     let marks = state.shared_marks(marks);
-                    state.accept(now, &target, &message, &marks, order)
+                    state.accept(now, &target, &message, &marks, &order)
                 })
                 .collect();
             state.pump_target(now, &target);
@@ -216,6 +209,9 @@ impl State {
             }
             return Ok(Target::Queues(queues, None));
         }
+        if let Some(id) = self.stream_names.get(topic.as_str()) {
+            return Ok(Target::Stream(*id));
+        }
         let unknown = || {
             Error::new(
                 ErrorCode::TopicNotFound,
@@ -239,7 +235,7 @@ impl State {
             let id = self.declare_queue(now, topic, &options)?;
             return Ok(Target::Queues(vec![id], None));
         }
-        Err(unknown())
+        self.ensure_stream(now, topic).map(Target::Stream)
     }
 
     /// Takes one message.
@@ -249,12 +245,12 @@ impl State {
         target: &Result<Target>,
         message: &Arc<Message>,
         marks: &Arc<Marks>,
-        order: OrderKey,
+        order: &OrderKey,
     ) -> Fate {
-        let _ = order;
         match target {
             Err(error) => Fate::Refused(error.clone()),
             Ok(Target::Nowhere) => Fate::Confirmed(None),
+            Ok(Target::Stream(id)) => self.append(now, *id, message, marks, order),
             Ok(Target::Queues(queues, key)) => {
                 match self.enqueue(now, queues, message, marks, key.as_ref()) {
                     Ok(()) => Fate::Confirmed(None),
@@ -266,10 +262,14 @@ impl State {
 
     /// Hands out what a batch brought.
     pub(super) fn pump_target(&mut self, now: Timestamp, target: &Result<Target>) {
-        if let Ok(Target::Queues(queues, _)) = target {
-            for queue in queues {
-                self.pump(now, *queue);
+        match target {
+            Ok(Target::Queues(queues, _)) => {
+                for queue in queues {
+                    self.pump(now, *queue);
+                }
             }
+            Ok(Target::Stream(id)) => self.wake_stream(*id),
+            Ok(Target::Nowhere) | Err(_) => {}
         }
     }
 

@@ -772,7 +772,8 @@ fn dead_letter(mut entry: Entry, failure: Failure) -> Entry {
     entry
 }
 
-fn stale() -> Error {
+/// The answer to a verdict on what is not held any more.
+pub(super) fn stale() -> Error {
     Error::new(
         ErrorCode::AckFailed,
         "this delivery is not held any more (its queue was deleted, or its position moved)",

@@ -12,7 +12,10 @@ use tokio::sync::Notify;
 
 use super::{
     config::EmbeddedConfig,
+    group::{Group, StreamId},
     queue::{ConsumerId, Queue, Seq},
+    reader::Reader,
+    streams::NamedStream,
 };
 use crate::{
     broker::Received,
@@ -34,6 +37,10 @@ pub(super) struct State {
     pub(super) queue_names: BTreeMap<Topic, QueueId>,
     pub(super) queues: HashMap<QueueId, NamedQueue>,
     pub(super) consumers: BTreeMap<ConsumerId, QueueConsumer>,
+    pub(super) stream_names: BTreeMap<Topic, StreamId>,
+    pub(super) streams: BTreeMap<StreamId, NamedStream>,
+    pub(super) groups: BTreeMap<String, Group>,
+    pub(super) readers: BTreeMap<ConsumerId, Reader>,
     /// Bytes in all queues and streams.
     pub(super) bytes: u64,
     pub(super) next_id: u64,
@@ -114,6 +121,10 @@ impl State {
             queue_names: BTreeMap::new(),
             queues: HashMap::new(),
             consumers: BTreeMap::new(),
+            stream_names: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            readers: BTreeMap::new(),
             bytes: 0,
             next_id: 1,
             no_marks: Arc::new(Marks::default()),
@@ -152,6 +163,7 @@ impl State {
     pub(super) fn tick(&mut self, now: Timestamp) -> Option<Timestamp> {
         self.armed = None;
         self.tick_queues(now);
+        self.tick_streams(now);
         let next = self.next_due();
         self.armed = next;
         self.rearm = false;
@@ -164,6 +176,9 @@ impl State {
     }
 
     fn next_due(&self) -> Option<Timestamp> {
-        self.queues.values().filter_map(|q| q.core.next_due()).min()
+        let queues = self.queues.values().filter_map(|q| q.core.next_due());
+        let streams = self.streams.values().filter_map(|s| s.core.next_due());
+        let readers = self.readers.values().filter_map(|r| r.hold_until);
+        queues.chain(streams).chain(readers).min()
     }
 }

@@ -50,6 +50,7 @@ impl State {
                 None => report.missing.push(object),
             }
         }
+        self.check_streams(now, apply, &mut report)?;
         Ok(report)
     }
 
@@ -74,10 +75,7 @@ impl State {
                 }
                 Ok(())
             }
-            Source::Stream(_) => Err(crate::error::Error::rejected(
-                crate::error::ErrorCode::InvalidConfig,
-                "the embedded broker has no streams yet",
-            )),
+            Source::Stream(_) => self.ensure_stream(now, &topic).map(drop),
         }
     }
 }
