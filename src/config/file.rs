@@ -13,7 +13,6 @@ use super::{
 };
 use crate::{
     adapter::{kafka::KafkaConfig, rabbitmq::RabbitMqConfig},
-    error::Result,
     topology::{ExchangeSpec, QueueSpec, TopicSpec, Topology, TopologyMode},
 };
 
@@ -22,7 +21,7 @@ pub(super) fn parse(
     text: &str,
     name: &str,
     env: &BTreeMap<String, String>,
-) -> Result<MessagingConfig> {
+) -> crate::error::Result<MessagingConfig> {
     // A file of comments alone is the empty configuration.
     let blank = |line: &str| {
         let line = line.trim();
@@ -31,6 +30,7 @@ pub(super) fn parse(
     if text.lines().all(blank) {
         return Ok(MessagingConfig::builtin());
     }
+    source::refuse_quoted_reference(text, name)?;
     let properties = env
         .iter()
         .filter(|(name, value)| !environment::is_service_link(name, value))
@@ -39,7 +39,6 @@ pub(super) fn parse(
     let options = serde_saphyr::options! {
         // Own snippets: they hide secrets that stand in the file itself.
         with_snippet: false,
-        strict_booleans: true,
         budget: serde_saphyr::budget! {
             max_documents: 1,
             max_events: MAX_EVENTS,
@@ -59,7 +58,9 @@ struct FileConfig {
     enabled: bool,
     fallback: FallbackSettings,
     hub: HubSettings,
+    #[serde(deserialize_with = "section")]
     rabbitmq: Option<RabbitMqConfig>,
+    #[serde(deserialize_with = "section")]
     kafka: Option<KafkaConfig>,
     topology: TopologyKey,
     topology_mode: Option<TopologyMode>,
@@ -108,6 +109,17 @@ impl FileConfig {
             log: self.log,
             warnings: Vec::new(),
         }
+    }
+}
+
+/// A broker is used where its section stands. A key with nothing below it leaves
+/// open what is meant.
+fn section<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Option<T>, D::Error> {
+    match Option::<T>::deserialize(d)? {
+        Some(section) => Ok(Some(section)),
+        None => Err(serde::de::Error::custom(
+            "an empty section; write {} to use the broker with the defaults, or leave the key out",
+        )),
     }
 }
 

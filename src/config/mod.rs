@@ -8,6 +8,8 @@
 mod environment;
 #[cfg(feature = "yaml")]
 mod file;
+#[cfg(feature = "yaml")]
+mod hide;
 mod hub;
 mod redact;
 mod report;

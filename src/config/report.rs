@@ -25,7 +25,7 @@ impl MessagingConfig {
         }
         if let Some(Value::Object(settings)) = value.pointer_mut("/kafka/settings") {
             for (name, value) in settings {
-                if redact::is_secret_name(name) || name.ends_with(".pem") {
+                if redact::is_secret_setting(name) {
                     *value = Value::from("***");
                 }
             }

@@ -117,7 +117,7 @@ pub const VARIABLES: &[Variable] = &[
         Effect::Alternative("MESSAGING_FALLBACK_INMEMORY")),
     hub("MESSAGING_USE_FALLBACK_ON_ERROR", "true", "false: a failed publish is the caller's error",
         |c, v| set(&mut c.hub.use_fallback_on_error, boolean(v))),
-    hub("HTTP_PORT", "8080", "port of HTTP, as the TCP broker of old named it",
+    hub("HTTP_PORT", "8080", "port of HTTP; without it 8090 holds",
         |c, v| { let port = port(v)?; let host = host_of(&c.server.http); c.server.http = format!("{host}:{port}"); Ok(()) }),
     hub("MESSAGING_HTTP_ADDR", "127.0.0.1:8090", "address of HTTP; wins over HTTP_PORT",
         |c, v| set(&mut c.server.http, address(v))),

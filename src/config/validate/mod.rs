@@ -2,16 +2,14 @@
 //! the path by which the file names it. Parsing has refused wrong types and
 //! unknown keys before; here settings are held against each other.
 
+mod brokers;
+
 use std::{fmt, time::Duration};
 
 use super::{
-    DuringOutage, HAS_JOURNAL, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, redact,
-    settings::split_address,
+    DuringOutage, HAS_JOURNAL, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, settings::split_address,
 };
-use crate::{
-    adapter::{kafka::KafkaConfig, kafka::config::RequiredAcks, rabbitmq::RabbitMqConfig},
-    broker::BrokerType,
-};
+use crate::{broker::BrokerType, topology::TopologyMode};
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,11 +37,14 @@ impl MessagingConfig {
         self.check_hub(&mut found);
         self.check_routes(&mut found);
         if let Some(rabbitmq) = &self.rabbitmq {
-            check_rabbitmq(rabbitmq, &mut found);
-            self.check_retry_delay(&mut found);
+            brokers::rabbitmq(rabbitmq, &mut found);
+            // Whoever ignores the topology has retry queues of their own.
+            if self.topology_mode != TopologyMode::Ignore {
+                self.check_retry_delay(&mut found);
+            }
         }
         if let Some(kafka) = &self.kafka {
-            check_kafka(kafka, &mut found);
+            brokers::kafka(kafka, &mut found);
             if kafka.max_message_bytes as u64 > self.max_message_bytes {
                 found.add(
                     "kafka.max_message_bytes",
@@ -209,152 +210,6 @@ impl MessagingConfig {
                 found.add(format!("hub.routes[{i}].retry_delay"), known());
             }
         }
-    }
-}
-
-fn check_rabbitmq(rabbitmq: &RabbitMqConfig, found: &mut Found) {
-    if let Some(url) = &rabbitmq.url {
-        let parts = redact::addresses(url.expose());
-        if parts
-            .iter()
-            .any(|a| !(a.starts_with("amqp://") || a.starts_with("amqps://")))
-        {
-            found.add(
-                "rabbitmq.url",
-                "every address must begin with amqp:// or amqps:// (several are separated by commas)",
-            );
-        }
-    }
-    if let Some(url) = &rabbitmq.management_url
-        && !(url.expose().starts_with("http://") || url.expose().starts_with("https://"))
-    {
-        found.add(
-            "rabbitmq.management_url",
-            "must begin with http:// or https://",
-        );
-    }
-    if rabbitmq.url.is_none() {
-        if rabbitmq.host.is_empty() || rabbitmq.host.contains(['/', '@', ' ', ',']) {
-            found.add(
-                "rabbitmq.host",
-                "must be one host name or address; several go into url",
-            );
-        }
-        if rabbitmq.port == Some(0) {
-            found.add("rabbitmq.port", "must be 1 to 65535");
-        }
-        if rabbitmq.username.is_empty() {
-            found.add("rabbitmq.username", "must not be empty");
-        }
-        if rabbitmq.vhost.is_empty() {
-            found.add("rabbitmq.vhost", "must not be empty; the usual one is /");
-        }
-    }
-    if rabbitmq.prefetch_count == 0 {
-        found.add(
-            "rabbitmq.prefetch_count",
-            "must be 1 or more; 0 would mean no bound",
-        );
-    }
-    if rabbitmq.window == 0 {
-        found.add("rabbitmq.window", "must be 1 or more");
-    }
-    if rabbitmq.heartbeat < Duration::from_secs(1) || rabbitmq.heartbeat > Duration::from_secs(60) {
-        found.add(
-            "rabbitmq.heartbeat",
-            "must be 1s to 60s: AMQP counts whole seconds, and a dead peer is noticed after twice this",
-        );
-    }
-    positive(
-        rabbitmq.connection_timeout,
-        "rabbitmq.connection_timeout",
-        found,
-    );
-    reconnect(
-        rabbitmq.reconnect_delay,
-        rabbitmq.max_reconnect_delay,
-        "rabbitmq",
-        found,
-    );
-    if let Some(tls) = &rabbitmq.tls {
-        client_certificate(tls, "rabbitmq.tls", found);
-    }
-}
-
-fn check_kafka(kafka: &KafkaConfig, found: &mut Found) {
-    if kafka.brokers.is_empty() {
-        found.add("kafka.brokers", "must name at least one host:port");
-    }
-    for (i, broker) in kafka.brokers.iter().enumerate() {
-        if split_address(broker).is_none() {
-            found.add(
-                format!("kafka.brokers[{i}]"),
-                "must be host:port, such as localhost:9092",
-            );
-        }
-    }
-    for (text, path) in [
-        (&kafka.client_id, "kafka.client_id"),
-        (&kafka.group_id, "kafka.group_id"),
-    ] {
-        if text.is_empty() {
-            found.add(path, "must not be empty");
-        }
-    }
-    if kafka.enable_idempotence && kafka.required_acks != RequiredAcks::All {
-        found.add(
-            "kafka.enable_idempotence",
-            "needs required_acks: all; set that, or enable_idempotence: false",
-        );
-    }
-    for (value, path) in [
-        (kafka.message_timeout, "kafka.message_timeout"),
-        (kafka.connection_timeout, "kafka.connection_timeout"),
-        (kafka.metadata_refresh, "kafka.metadata_refresh"),
-    ] {
-        positive(value, path, found);
-    }
-    if kafka.linger >= kafka.message_timeout {
-        found.add("kafka.linger", "must be below kafka.message_timeout");
-    }
-    for (value, path) in [
-        (kafka.batch_size, "kafka.batch_size"),
-        (kafka.window, "kafka.window"),
-        (kafka.max_message_bytes, "kafka.max_message_bytes"),
-    ] {
-        if value == 0 {
-            found.add(path, "must be 1 or more");
-        }
-    }
-    reconnect(
-        kafka.reconnect_delay,
-        kafka.max_reconnect_delay,
-        "kafka",
-        found,
-    );
-    if let Some(sasl) = &kafka.sasl
-        && (sasl.username.is_empty() || sasl.password.is_empty())
-    {
-        found.add("kafka.sasl", "needs a username and a password");
-    }
-    if let Some(tls) = &kafka.tls {
-        client_certificate(tls, "kafka.tls", found);
-    }
-}
-
-fn client_certificate(tls: &crate::adapter::rabbitmq::TlsConfig, path: &str, found: &mut Found) {
-    if tls.cert_file.is_some() != tls.key_file.is_some() {
-        found.add(path, "cert_file and key_file belong together");
-    }
-}
-
-fn reconnect(first: Duration, most: Duration, section: &str, found: &mut Found) {
-    positive(first, &format!("{section}.reconnect_delay"), found);
-    if most < first {
-        found.add(
-            format!("{section}.max_reconnect_delay"),
-            "must not be below reconnect_delay",
-        );
     }
 }
 
