@@ -1,0 +1,372 @@
+//! The polling thread: the only owner of a consumer's client. It polls, keeps
+//! to the window of unfinished messages, pauses partitions when the reader is
+//! slow for long (leaving the group would be worse), stores offsets, and leaves
+//! in good order.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use rdkafka::{
+    consumer::{CommitMode, Consumer as _},
+    error::{KafkaError, KafkaResult},
+    types::RDKafkaErrorCode as Code,
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    core::{Client, Command, Core, bare_list, list_of},
+    position,
+    state::Settle,
+    tracker::TopicPartition,
+};
+use crate::{
+    adapter::kafka::{error::raw_code, record},
+    broker::{
+        BrokerType, OffsetReset, Received, SeekTo, StartFrom, consumer::ConsumerState,
+    },
+    metrics::MetricsRecorder,
+    topic::Pattern,
+};
+
+/// The polling thread's own.
+pub(super) struct Reader {
+    pub(super) core: Arc<Core>,
+    pub(super) client: Client,
+    pub(super) pattern: Pattern,
+    pub(super) start: StartFrom,
+    pub(super) only: Option<i32>,
+    /// Unfinished messages at most.
+    pub(super) window: usize,
+    pub(super) refresh: Duration,
+    pub(super) stopping: CancellationToken,
+    pub(super) report: watch::Sender<ConsumerState>,
+    pub(super) recorder: Arc<MetricsRecorder>,
+    pub(super) assigned: HashSet<TopicPartition>,
+}
+
+impl Reader {
+    /// Runs until stopped or failed, and reports how it ended.
+    pub(super) fn run(mut self) {
+        let end = match self.read() {
+            Ok(()) => ConsumerState::Stopped,
+            Err(why) => {
+                tracing::error!(target: "messaging_hub::kafka", pattern = %self.pattern, why, "the consumer failed for good");
+                ConsumerState::Failed(why.into())
+            }
+        };
+        self.drain();
+        self.leave();
+        let report = self.report.clone();
+        // Leaves the group: the last thing that may take long.
+        drop(self);
+        report.send_replace(end);
+    }
+
+    fn read(&mut self) -> Result<(), String> {
+        let mut full_since: Option<Instant> = None;
+        let mut next_look = Instant::now();
+        while !self.stopping.is_cancelled() {
+            self.obey();
+            self.store();
+            if !self.core.member && Instant::now() >= next_look {
+                next_look = Instant::now() + self.look();
+            }
+            self.tell();
+            let window = self.window;
+            if self.core.state().unfinished() >= window {
+                let since = *full_since.get_or_insert_with(Instant::now);
+                if since.elapsed() >= PAUSE_AFTER {
+                    self.pause();
+                    // Nothing is fetched any more, so this serves rebalances
+                    // and heartbeats only.
+                    self.poll(Duration::ZERO, 1)?;
+                }
+                self.core.wait(SLICE, |s| s.unfinished() < window || s.stopping);
+                continue;
+            }
+            full_since = None;
+            self.resume();
+            let room = window.saturating_sub(self.core.state().unfinished());
+            self.poll(SLICE, room.min(BATCH))?;
+        }
+        Ok(())
+    }
+
+    /// Takes in what is there, waiting for the first message only.
+    fn poll(&self, wait: Duration, most: usize) -> Result<(), String> {
+        let mut taken = 0;
+        let mut timeout = wait;
+        while taken < most {
+            match self.client.poll(timeout) {
+                None => break,
+                Some(Err(error)) => {
+                    if let Some(why) = self.fatal(&error) {
+                        return Err(why);
+                    }
+                    tracing::debug!(target: "messaging_hub::kafka", %error, "consuming");
+                    break;
+                }
+                Some(Ok(message)) => {
+                    taken += 1;
+                    if let Some((topic, message, marks)) = record::decode(&message) {
+                        self.recorder.messages_received.inc();
+                        self.recorder.bytes_received.add(message.payload.len() as u64);
+                        let place = (
+                            topic.as_str().to_owned(),
+                            message.partition.unwrap_or_default(),
+                        );
+                        let offset = message.offset.unwrap_or_default();
+                        let received = Received {
+                            topic,
+                            message: Arc::new(message),
+                            marks: Arc::new(marks),
+                            via: BrokerType::Kafka,
+                        };
+                        let settle = self.core.settle;
+                        self.core.state().take_in(received, place, offset, settle);
+                    }
+                }
+            }
+            timeout = Duration::ZERO;
+        }
+        if taken > 0 {
+            self.recorder.touch_receive();
+            self.core.ready.notify_one();
+        }
+        Ok(())
+    }
+
+    fn fatal(&self, error: &KafkaError) -> Option<String> {
+        let code = raw_code(error);
+        match (error, code) {
+            (KafkaError::MessageConsumptionFatal(_), _) => Some(format!(
+                "the client failed for good: {error}; with static membership, another consumer has the same group_instance_id"
+            )),
+            (_, Some(Code::TopicAuthorizationFailed | Code::GroupAuthorizationFailed)) => {
+                Some(format!("not permitted to read: {error}"))
+            }
+            (_, Some(Code::AutoOffsetReset | Code::NoOffset))
+                if self.core.reset == OffsetReset::None =>
+            {
+                Some(
+                    "the group has no committed position and offset_reset is none".to_owned(),
+                )
+            }
+            _ => None,
+        }
+    }
+
+    /// Reports whether the broker has the subscription.
+    fn tell(&self) {
+        let active = self.core.joined.load(Ordering::Acquire) && self.core.link.is_up();
+        let now = if active {
+            ConsumerState::Active
+        } else {
+            ConsumerState::Starting
+        };
+        self.report.send_if_modified(|state| {
+            let change = *state != now;
+            if change {
+                state.clone_from(&now);
+            }
+            change
+        });
+    }
+
+    /// Stores what was done since; the client commits it in the background.
+    fn store(&self) {
+        let dirty = self.core.state().take_dirty();
+        if !dirty.is_empty()
+            && let Err(error) = self.client.store_offsets(&list_of(&dirty))
+        {
+            // A partition that was revoked just now: its offset was committed
+            // by the callback.
+            tracing::debug!(target: "messaging_hub::kafka", %error, "storing offsets");
+        }
+    }
+
+    /// Assigns partitions that are new, at their positions. Returns when to
+    /// look again.
+    fn look(&mut self) -> Duration {
+        match self.assign_new() {
+            Ok(()) => {
+                self.core.joined.store(true, Ordering::Release);
+                self.refresh
+            }
+            Err(error) => {
+                tracing::debug!(target: "messaging_hub::kafka", %error, "positions not known yet");
+                LOOK_AGAIN
+            }
+        }
+    }
+
+    fn assign_new(&mut self) -> KafkaResult<()> {
+        let literal = self.pattern.literal();
+        let metadata = self
+            .client
+            .fetch_metadata(literal.as_ref().map(|t| t.as_str()), METADATA)?;
+        let new: Vec<TopicPartition> = metadata
+            .topics()
+            .iter()
+            .filter(|t| t.error().is_none() && is_ours(t.name()) && self.pattern.matches(t.name()))
+            .flat_map(|t| t.partitions().iter().map(|p| (t.name().to_owned(), p.id())))
+            .filter(|tp| self.only.is_none_or(|only| only == tp.1) && !self.assigned.contains(tp))
+            .collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        // What appears after the start is new as a whole.
+        let later = self.core.joined.load(Ordering::Acquire);
+        let positions = if later {
+            position::resolve(&self.client, &new, SeekTo::Beginning)?
+        } else {
+            self.first_positions(&new)?
+        };
+        self.core.state().assign(new.iter().cloned());
+        self.client.incremental_assign(&list_of(&positions))?;
+        if self.core.paused.load(Ordering::Acquire) {
+            let _ = self.client.pause(&bare_list(&new));
+        }
+        self.assigned.extend(new);
+        Ok(())
+    }
+
+    fn first_positions(&self, new: &[TopicPartition]) -> KafkaResult<Vec<(TopicPartition, i64)>> {
+        if self.core.settle != Settle::Never {
+            // One partition of a group's: committed, else where the reset says.
+            let (mut known, unknown) = position::committed(&self.client, new)?;
+            let to = match self.core.reset {
+                OffsetReset::Latest => SeekTo::End,
+                OffsetReset::Earliest | OffsetReset::None => SeekTo::Beginning,
+            };
+            known.extend(position::resolve(&self.client, &unknown, to)?);
+            return Ok(known);
+        }
+        match &self.start {
+            StartFrom::Latest => position::resolve(&self.client, new, SeekTo::End),
+            StartFrom::Earliest => position::resolve(&self.client, new, SeekTo::Beginning),
+            StartFrom::Time(at) => position::resolve(&self.client, new, SeekTo::Time(*at)),
+            StartFrom::Offsets(offsets) => {
+                let (mut given, mut others) = (Vec::new(), Vec::new());
+                for tp in new {
+                    match offsets.get(tp) {
+                        Some(offset) => given.push((tp.clone(), *offset)),
+                        None => others.push(tp.clone()),
+                    }
+                }
+                given.extend(position::resolve(&self.client, &others, SeekTo::End)?);
+                Ok(given)
+            }
+        }
+    }
+
+    /// Carries out orders from elsewhere.
+    fn obey(&self) {
+        for (command, answer) in self.core.take_orders() {
+            let (offsets, seek) = match command {
+                Command::Seek(offsets) => (offsets, true),
+                Command::Commit(offsets) => (offsets, false),
+            };
+            let ours: Vec<_> = {
+                let state = self.core.state();
+                offsets
+                    .into_iter()
+                    .filter(|(tp, _)| state.tracker.owns(tp))
+                    .collect()
+            };
+            let result = self.move_to(&ours, seek);
+            let names = ours.into_iter().map(|(tp, _)| tp).collect();
+            // Whoever ordered has gone; the order is carried out all the same.
+            let _ = answer.send(result.map(|()| names));
+        }
+    }
+
+    fn move_to(&self, offsets: &[(TopicPartition, i64)], seek: bool) -> KafkaResult<()> {
+        if offsets.is_empty() {
+            return Ok(());
+        }
+        let list = list_of(offsets);
+        if seek {
+            let partitions = offsets.iter().map(|(tp, _)| tp.clone());
+            // A new generation: what is out belongs to the old position.
+            self.core.state().assign(partitions);
+            let moved = self.client.seek_partitions(list_of(offsets), SEEK)?;
+            for element in moved.elements() {
+                element.error()?;
+            }
+            // Else the background commit would bring the old offset back.
+            self.client.store_offsets(&list)?;
+        }
+        self.client.commit(&list, CommitMode::Sync)
+    }
+
+    fn pause(&self) {
+        if !self.core.paused.swap(true, Ordering::AcqRel) {
+            tracing::debug!(target: "messaging_hub::kafka", pattern = %self.pattern, "the reader is slow: paused");
+            let _ = self.client.pause(&bare_list(&self.core.state().tracker.partitions()));
+        }
+    }
+
+    fn resume(&self) {
+        if self.core.paused.swap(false, Ordering::AcqRel) {
+            let _ = self.client.resume(&bare_list(&self.core.state().tracker.partitions()));
+        }
+    }
+
+    /// Waits until everything handed out is settled; keeps the membership
+    /// meanwhile, so that what is settled can be committed.
+    fn drain(&mut self) {
+        self.core.state().stop();
+        self.core.ready.notify_one();
+        self.pause();
+        while self.core.state().handed_out() > 0 && !self.core.abort.load(Ordering::Acquire) {
+            self.obey();
+            self.store();
+            // The stop has cleared what was taken in, and takes in no more.
+            let _ = self.poll(Duration::ZERO, 1);
+            self.core.state().stop();
+            self.core.wait(SLICE, |s| s.handed_out() == 0);
+        }
+    }
+
+    fn leave(&self) {
+        self.store();
+        if !self.core.member && self.core.settle != Settle::Never && self.core.link.is_up() {
+            // Nobody revokes what was assigned by hand.
+            let done = self.core.state().tracker.watermarks();
+            if !done.is_empty()
+                && let Err(error) = self.client.commit(&list_of(&done), CommitMode::Sync)
+            {
+                tracing::warn!(target: "messaging_hub::kafka", %error, "the last offsets were not committed; those messages come again");
+            }
+        }
+    }
+}
+
+/// Whether a topic is not one of Kafka's own.
+pub(super) fn is_ours(name: &str) -> bool {
+    !name.starts_with("__")
+}
+
+/// How long a poll waits for the first message; orders and stops are seen then.
+const SLICE: Duration = Duration::from_millis(100);
+
+/// Messages taken in before the others are looked after.
+const BATCH: usize = 256;
+
+/// A reader that is slow for this long has its partitions paused. Pausing
+/// throws away what was fetched ahead, so it is not done for every full moment.
+const PAUSE_AFTER: Duration = Duration::from_secs(1);
+
+/// How long one look at the topics may take.
+const METADATA: Duration = Duration::from_secs(2);
+
+/// When positions could not be found out.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// How long a seek may take.
+const SEEK: Duration = Duration::from_secs(5);

@@ -1,0 +1,300 @@
+//! One librdkafka producer: its callbacks, the tickets that carry each record's
+//! answer, and its end. It knows nothing of lanes but how to end them.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use rdkafka::{
+    ClientContext,
+    config::{FromClientConfigAndContext, RDKafkaLogLevel},
+    error::KafkaError,
+    message::Message as _,
+    producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext, ThreadedProducer},
+    types::RDKafkaErrorCode as Code,
+};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, mpsc::OwnedPermit, oneshot},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    error::{failed, fate, raw_code},
+    link::{Link, log},
+};
+use crate::{
+    broker::{BrokerType, Confirmation, Fate, Position},
+    error::{Error, ErrorCode, Result},
+    metrics::MetricsRecorder,
+};
+
+/// A record as it is handed to the producer.
+pub(super) type Record<'a> = BaseRecord<'a, [u8], [u8], Box<Ticket>>;
+
+/// Where the answer of one record goes.
+#[derive(Debug)]
+pub(super) enum Reply {
+    /// To a lane. The permit was taken before the record was written, so that
+    /// answering never waits and the window cannot be exceeded.
+    Lane(u64, OwnedPermit<Confirmation>),
+    /// To whoever waits for this record alone.
+    One(oneshot::Sender<Fate>),
+    /// Nobody asked.
+    Nobody,
+}
+
+/// Travels with a record and answers for it exactly once.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    pub(super) reply: Reply,
+    /// Ended by an unknown outcome.
+    pub(super) lane: Option<Arc<CancellationToken>>,
+    /// Payload, key and headers.
+    pub(super) bytes: usize,
+}
+
+impl Ticket {
+    /// Answers.
+    pub(super) fn answer(mut self, fate: Fate) {
+        self.give(fate);
+    }
+
+    fn give(&mut self, fate: Fate) {
+        if matches!(fate, Fate::Unknown(_))
+            && let Some(lane) = &self.lane
+        {
+            lane.cancel();
+        }
+        match std::mem::replace(&mut self.reply, Reply::Nobody) {
+            Reply::Lane(token, permit) => {
+                permit.send(Confirmation { token, fate });
+            }
+            Reply::One(tx) => {
+                // Whoever asked has gone; the record's fate stands all the same.
+                let _ = tx.send(fate);
+            }
+            Reply::Nobody => {}
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        // Only a client library that forgets a record gets here unanswered.
+        if !matches!(self.reply, Reply::Nobody) {
+            self.give(Fate::Unknown(
+                Error::unknown(
+                    ErrorCode::PublishFailed,
+                    "the producer ended without an outcome",
+                )
+                .at(BrokerType::Kafka),
+            ));
+        }
+    }
+}
+
+/// What the callbacks share with the lanes.
+#[derive(Debug)]
+pub(super) struct Shared {
+    link: Arc<Link>,
+    recorder: Arc<MetricsRecorder>,
+    /// Cancelled by a fatal error: nothing more can be written.
+    pub(super) dead: CancellationToken,
+    /// Wakes lanes that found the queue full.
+    room: Notify,
+    waiting: AtomicUsize,
+    batch_bytes: usize,
+}
+
+impl Shared {
+    fn is_fatal(code: Option<Code>) -> bool {
+        matches!(
+            code,
+            Some(Code::Fatal | Code::Fenced | Code::ProducerFenced | Code::GaplessGuarantee)
+        )
+    }
+}
+
+/// rdkafka's way to the callbacks.
+pub(super) struct Context(Arc<Shared>);
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
+        log(level, fac, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        if Shared::is_fatal(raw_code(&error)) {
+            tracing::error!(target: "messaging_hub::kafka", reason, "the producer failed for good and is replaced");
+            self.0.dead.cancel();
+        } else {
+            self.0.link.report(&error, reason);
+        }
+    }
+}
+
+impl ProducerContext for Context {
+    type DeliveryOpaque = Box<Ticket>;
+
+    /// Runs on the producer's own thread and must not wait.
+    fn delivery(&self, result: &DeliveryResult<'_>, ticket: Box<Ticket>) {
+        let shared = &self.0;
+        let fate = match result {
+            Ok(record) => {
+                shared.link.delivered();
+                shared.recorder.publish_confirmations.inc();
+                // Without acks the broker tells no offset.
+                Fate::Confirmed((record.offset() >= 0).then(|| Position {
+                    partition: record.partition(),
+                    offset: record.offset(),
+                }))
+            }
+            Err((error, record)) => {
+                if Shared::is_fatal(raw_code(error)) {
+                    shared.dead.cancel();
+                }
+                fate(error, record.topic(), ticket.bytes, shared.batch_bytes)
+            }
+        };
+        ticket.answer(fate);
+        if shared.waiting.load(Ordering::Acquire) > 0 {
+            shared.room.notify_waiters();
+        }
+    }
+}
+
+/// A producer. Dropping it purges what is queued, on a thread where that may
+/// block.
+pub(super) struct Producer {
+    inner: Option<ThreadedProducer<Context>>,
+    pub(super) shared: Arc<Shared>,
+    reaper: Reaper,
+}
+
+impl Producer {
+    /// Makes a producer; it connects by itself.
+    ///
+    /// # Errors
+    /// `INVALID_CONFIG` with what the client library says.
+    pub(super) fn new(
+        config: &rdkafka::ClientConfig,
+        batch_bytes: usize,
+        link: Arc<Link>,
+        recorder: Arc<MetricsRecorder>,
+        reaper: Reaper,
+    ) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            link,
+            recorder,
+            dead: CancellationToken::new(),
+            room: Notify::new(),
+            waiting: AtomicUsize::new(0),
+            batch_bytes,
+        });
+        let inner =
+            ThreadedProducer::from_config_and_context(config, Context(Arc::clone(&shared)))
+                .map_err(|e| failed(ErrorCode::InvalidConfig, "the producer's settings", e))?;
+        Ok(Self {
+            inner: Some(inner),
+            shared,
+            reaper,
+        })
+    }
+
+    /// Hands over a record, waiting for room in the queue. The record comes
+    /// back as its ticket when it was not taken: with the reason, or none when
+    /// `until` ended first.
+    pub(super) async fn send(
+        &self,
+        mut record: Record<'_>,
+        until: &CancellationToken,
+    ) -> Result<(), (Box<Ticket>, Option<KafkaError>)> {
+        let Some(inner) = &self.inner else {
+            return Err((record.delivery_opaque, None));
+        };
+        match inner.send(record) {
+            Ok(()) => return Ok(()),
+            Err((error, back)) if raw_code(&error) == Some(Code::QueueFull) => record = back,
+            Err((error, back)) => return Err((back.delivery_opaque, Some(error))),
+        }
+        let _waiting = Waiting::new(&self.shared.waiting);
+        loop {
+            // Listening begins before the next try, or a record delivered in
+            // between would wake nobody.
+            let room = self.shared.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            match inner.send(record) {
+                Ok(()) => return Ok(()),
+                Err((error, back)) if raw_code(&error) == Some(Code::QueueFull) => record = back,
+                Err((error, back)) => return Err((back.delivery_opaque, Some(error))),
+            }
+            tokio::select! {
+                () = &mut room => {}
+                () = until.cancelled() => return Err((record.delivery_opaque, None)),
+            }
+        }
+    }
+
+    /// Waits, on this thread, until everything queued has its outcome.
+    pub(super) fn flush(&self, within: std::time::Duration) -> bool {
+        self.inner
+            .as_ref()
+            .is_none_or(|p| p.flush(within).is_ok())
+    }
+}
+
+impl Drop for Producer {
+    fn drop(&mut self) {
+        if let Some(inner) = self.inner.take() {
+            self.reaper.drop_aside(inner);
+        }
+    }
+}
+
+/// Counts a lane among those that wait, for as long as it lives.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Drops clients where blocking is allowed, and waits for that on close.
+#[derive(Clone, Debug)]
+pub(super) struct Reaper {
+    tasks: TaskTracker,
+    runtime: Handle,
+}
+
+impl Reaper {
+    pub(super) fn new(runtime: Handle) -> Self {
+        Self {
+            tasks: TaskTracker::new(),
+            runtime,
+        }
+    }
+
+    /// Drops a value on a blocking thread.
+    pub(super) fn drop_aside<T: Send + 'static>(&self, value: T) {
+        self.tasks
+            .spawn_blocking_on(move || drop(value), &self.runtime);
+    }
+
+    /// Waits until everything given so far is gone.
+    pub(super) async fn finish(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+        self.tasks.reopen();
+    }
+}

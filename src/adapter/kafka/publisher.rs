@@ -1,0 +1,346 @@
+//! Lanes: each is a task that writes one partition's records, in order, into a
+//! producer that all lanes of a codec share.
+//!
+//! A lane ends with the first unknown outcome, with a fatal error of its
+//! producer, and when the broker closes. Its confirmation channel closes by
+//! itself after the last answer, because each record carries its share of it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{
+    client,
+    config::KafkaConfig,
+    error::{fate, invalid},
+    link::Link,
+    partitioner::Partitioner,
+    producer::{Producer, Reaper, Record, Reply, Ticket},
+    record,
+    topics::Topics,
+};
+use crate::{
+    broker::{
+        BrokerType, Compression, Confirmation, Fate, Lane, LaneOptions, OrderKey, Submission,
+        lane::LanePort,
+    },
+    error::{Error, ErrorCode, Result},
+    message::{Message, wire::Marks},
+    metrics::MetricsRecorder,
+    topic::Topic,
+};
+
+/// Opens lanes and keeps the producers under them.
+pub(super) struct Publisher {
+    config: Arc<KafkaConfig>,
+    topics: Arc<Topics>,
+    link: Arc<Link>,
+    recorder: Arc<MetricsRecorder>,
+    reaper: Reaper,
+    partitioner: Partitioner,
+    producers: Mutex<HashMap<(Compression, usize), Arc<Producer>>>,
+    lanes: TaskTracker,
+    closing: CancellationToken,
+}
+
+impl Publisher {
+    pub(super) fn new(
+        config: Arc<KafkaConfig>,
+        topics: Arc<Topics>,
+        link: Arc<Link>,
+        recorder: Arc<MetricsRecorder>,
+        reaper: Reaper,
+    ) -> Self {
+        let partitioner = if config.murmur2_partitioner {
+            Partitioner::Murmur2
+        } else {
+            Partitioner::Crc32
+        };
+        Self {
+            config,
+            topics,
+            link,
+            recorder,
+            reaper,
+            partitioner,
+            producers: Mutex::default(),
+            lanes: TaskTracker::new(),
+            closing: CancellationToken::new(),
+        }
+    }
+
+    pub(super) fn partitioner(&self) -> Partitioner {
+        self.partitioner
+    }
+
+    /// Opens a lane of a topic that is known to exist.
+    ///
+    /// # Errors
+    /// A refusal of options that Kafka does not have.
+    pub(super) fn open(self: &Arc<Self>, topic: &Topic, options: &LaneOptions) -> Result<Lane> {
+        if options.address.is_some() {
+            return Err(invalid(
+                "exchange and routing_key are AMQP's; on Kafka publish to the topic, with a key or a partition",
+            )
+            .on(topic.as_str()));
+        }
+        let producer = self.producer(topic, options.compression)?;
+        let (lane, port) = Lane::pair(options);
+        let writer = Writer {
+            publisher: Arc::clone(self),
+            // A fatal error of the producer ends all its lanes.
+            end: Arc::new(producer.shared.dead.child_token()),
+            producer,
+            topic: topic.clone(),
+            confirm: options.confirm,
+        };
+        self.lanes.spawn(writer.run(port));
+        Ok(lane)
+    }
+
+    /// Writes one message outside of any lane and waits for its outcome.
+    pub(super) async fn send_one(&self, topic: &Topic, message: &Message, marks: &Marks) -> Fate {
+        let producer = match self.producer(topic, None) {
+            Ok(producer) => producer,
+            Err(error) => return Fate::Unsent(error),
+        };
+        let order = message.key.as_ref().map_or_else(
+            || OrderKey::Publisher(u64::from(crc32fast::hash(message.id.as_str().as_bytes()))),
+            |key| OrderKey::Key(key.bytes()),
+        );
+        let (tx, outcome) = oneshot::channel();
+        let ticket = Box::new(Ticket {
+            reply: Reply::One(tx),
+            lane: None,
+            bytes: 0,
+        });
+        let until = self.closing.clone();
+        self.write(&producer, topic, (message, marks, &order), ticket, &until)
+            .await;
+        outcome.await.unwrap_or_else(|_| {
+            Fate::Unknown(Error::unknown(
+                ErrorCode::PublishFailed,
+                "the producer ended without an outcome",
+            ))
+        })
+    }
+
+    /// Stops lanes, waits for what is queued, and ends the producers. Says
+    /// whether everything queued has its outcome.
+    pub(super) async fn close(&self) -> bool {
+        self.closing.cancel();
+        self.lanes.close();
+        self.lanes.wait().await;
+        let producers: Vec<_> = self.producers().drain().map(|(_, p)| p).collect();
+        // What is queued is answered, one way or the other, within this time.
+        let within = self.config.message_timeout + FLUSH_SLACK;
+        let mut flushed = true;
+        for producer in producers {
+            flushed &= tokio::task::spawn_blocking(move || producer.flush(within))
+                .await
+                .unwrap_or(false);
+        }
+        flushed
+    }
+
+    /// The producer for a topic and codec; made when there is none that lives.
+    fn producer(&self, topic: &Topic, compression: Option<Compression>) -> Result<Arc<Producer>> {
+        let compression = compression.unwrap_or(self.config.compression);
+        // A batch over the topic's limit would be refused whole, small records
+        // included. Halving down keeps the number of producers small.
+        let mut batch = self.config.batch_size.max(1);
+        if let Some(limit) = self.topics.get(topic).and_then(|f| f.max_bytes) {
+            while batch > limit && batch > SMALLEST_BATCH {
+                batch /= 2;
+            }
+        }
+        let mut producers = self.producers();
+        producers.retain(|_, p| !p.shared.dead.is_cancelled());
+        if let Some(producer) = producers.get(&(compression, batch)) {
+            return Ok(Arc::clone(producer));
+        }
+        let config = client::producer(&self.config, compression, batch)?;
+        let producer = Arc::new(Producer::new(
+            &config,
+            batch,
+            Arc::clone(&self.link),
+            Arc::clone(&self.recorder),
+            self.reaper.clone(),
+        )?);
+        producers.insert((compression, batch), Arc::clone(&producer));
+        Ok(producer)
+    }
+
+    /// Hands one message to a producer; its ticket answers for everything.
+    async fn write(
+        &self,
+        producer: &Producer,
+        topic: &Topic,
+        (message, marks, order): (&Message, &Marks, &OrderKey),
+        mut ticket: Box<Ticket>,
+        until: &CancellationToken,
+    ) {
+        let refuse = |e: Error| Fate::Refused(e.at(BrokerType::Kafka).on(topic.as_str()).with_id(message.id.as_str()));
+        let Some(facts) = self.topics.get(topic) else {
+            return ticket.answer(refuse(Error::new(
+                ErrorCode::TopicNotFound,
+                "the topic does not exist (any more); create it, or set kafka.auto_create_topics",
+            )));
+        };
+        let partition = self
+            .partitioner
+            .partition(order, message.partition, facts.partitions);
+        if !(0..facts.partitions).contains(&partition) {
+            return ticket.answer(refuse(Error::rejected(
+                ErrorCode::PublishRejected,
+                format!(
+                    "partition {partition} does not exist, the topic has {}",
+                    facts.partitions
+                ),
+            )));
+        }
+        let (headers, header_bytes) = match record::headers(message, topic, marks) {
+            Ok(made) => made,
+            Err(error) => return ticket.answer(refuse(error)),
+        };
+        let key = message.key.as_ref().map(|k| k.as_bytes());
+        let bytes = message.payload.len() + key.map_or(0, <[u8]>::len) + header_bytes;
+        ticket.bytes = bytes;
+        let unasked = matches!(ticket.reply, Reply::Nobody);
+        let mut out = Record::with_opaque_to(topic.as_str(), ticket)
+            .partition(partition)
+            .payload(message.payload.as_ref())
+            .timestamp(message.timestamp.as_millis())
+            .headers(headers);
+        out.key = key;
+        match producer.send(out, until).await {
+            Ok(()) => {
+                self.recorder.bytes_published.add(message.payload.len() as u64);
+            }
+            Err((ticket, Some(error))) => {
+                // Turned down before it was queued, so it is certainly not stored.
+                let fate = match fate(&error, topic, bytes, 0) {
+                    Fate::Unknown(error) => Fate::Unsent(error.assuming(crate::error::Assume::NotSent)),
+                    other => other,
+                };
+                if unasked {
+                    tracing::warn!(target: "messaging_hub::kafka", %topic, ?fate, "an unconfirmed message was not written");
+                }
+                ticket.answer(fate);
+            }
+            Err((ticket, None)) => ticket.answer(Fate::Unsent(ended(topic))),
+        }
+    }
+
+    fn producers(
+        &self,
+    ) -> std::sync::MutexGuard<'_, HashMap<(Compression, usize), Arc<Producer>>> {
+        // Nothing under this lock can stop half-way, so a poisoned map is whole.
+        self.producers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The task of one lane.
+struct Writer {
+    publisher: Arc<Publisher>,
+    producer: Arc<Producer>,
+    topic: Topic,
+    confirm: bool,
+    end: Arc<CancellationToken>,
+}
+
+impl Writer {
+    async fn run(self, mut port: LanePort) {
+        let closing = self.publisher.closing.clone();
+        loop {
+            let batch = tokio::select! {
+                biased;
+                () = self.end.cancelled() => break,
+                () = closing.cancelled() => break,
+                // The reader of the answers is gone, and with it the lane.
+                () = port.confirmations.closed() => break,
+                batch = port.submissions.recv() => batch,
+            };
+            let Some(batch) = batch else { break };
+            self.publisher.recorder.batches_published.inc();
+            for submission in batch {
+                self.submit(submission, &port.confirmations).await;
+            }
+        }
+        if self.producer.shared.dead.is_cancelled() {
+            // Lets go of the dead producer, so that it is purged and every
+            // record it still holds is answered.
+            self.publisher
+                .producers()
+                .retain(|_, p| !p.shared.dead.is_cancelled());
+        }
+        // What was never written is said to be so; senders see the lane closed.
+        port.submissions.close();
+        while let Some(batch) = port.submissions.recv().await {
+            for submission in batch {
+                let answer = Confirmation {
+                    token: submission.token,
+                    fate: Fate::Unsent(ended(&self.topic)),
+                };
+                if port.confirmations.send(answer).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn submit(&self, submission: Submission, answers: &mpsc::Sender<Confirmation>) {
+        // Room for the answer first: a submitter that keeps to the window never
+        // waits here, one that does not is held back instead of losing answers.
+        let Ok(permit) = answers.clone().reserve_owned().await else {
+            return;
+        };
+        if self.end.is_cancelled() {
+            permit.send(Confirmation {
+                token: submission.token,
+                fate: Fate::Unsent(ended(&self.topic)),
+            });
+            return;
+        }
+        let (permit, reply) = if self.confirm && submission.confirm {
+            (None, Reply::Lane(submission.token, permit))
+        } else {
+            (Some(permit), Reply::Nobody)
+        };
+        let ticket = Box::new(Ticket {
+            reply,
+            lane: Some(Arc::clone(&self.end)),
+            bytes: 0,
+        });
+        let message = (&*submission.message, &submission.marks, &submission.order);
+        self.publisher
+            .write(&self.producer, &self.topic, message, ticket, &self.end)
+            .await;
+        if let Some(permit) = permit {
+            permit.send(Confirmation {
+                token: submission.token,
+                fate: Fate::Confirmed(None),
+            });
+        }
+    }
+}
+
+fn ended(topic: &Topic) -> Error {
+    Error::new(
+        ErrorCode::ConnectionClosed,
+        "the lane ended before this message was written; open another lane",
+    )
+    .at(BrokerType::Kafka)
+    .on(topic.as_str())
+}
+
+/// Above the message timeout, for the last callbacks.
+const FLUSH_SLACK: Duration = Duration::from_secs(2);
+
+/// Smaller batches than this are not made for any topic's sake.
+const SMALLEST_BATCH: usize = 1024;
