@@ -1,0 +1,116 @@
+//! The message JSON on its way in: one object, an array, one line. No I/O.
+
+use serde_json::value::RawValue;
+
+use super::problem::Problem;
+use crate::{error::Error, message::Message};
+
+/// Reads one envelope for `topic`.
+///
+/// A message that was read from the hub can be published as it stands: what is
+/// set for readers only (`redelivered`, `offset`) is taken off. A `topic` in it
+/// must be the one that is published to.
+pub(super) fn parse(json: &[u8], topic: &str) -> Result<Message, Problem> {
+    let mut message: Message = serde_json::from_slice(json)
+        .map_err(|e| Problem::invalid(format!("the envelope is not a message: {e}")).on(topic))?;
+    if let Some(named) = message.topic.take()
+        && named != topic
+    {
+        return Err(Problem::invalid(format!(
+            "the envelope names the topic {named:?}, but it was sent to {topic:?}; leave topic out, or send it there"
+        ))
+        .on(topic)
+        .with_id(message.id.as_str()));
+    }
+    message.redelivered = false;
+    message.offset = None;
+    lower_case_headers(message).map_err(|e| Problem::from(e).on(topic))
+}
+
+/// Splits an array into its elements, unparsed, so that one bad element costs
+/// only itself.
+pub(super) fn elements(json: &[u8]) -> Result<Vec<&RawValue>, Problem> {
+    serde_json::from_slice(json)
+        .map_err(|e| Problem::invalid(format!("the body is not a JSON array: {e}")))
+}
+
+/// Whether the body is an array, by its first character.
+pub(super) fn is_array(json: &[u8]) -> bool {
+    json.iter()
+        .find(|b| !b.is_ascii_whitespace())
+        .is_some_and(|b| *b == b'[')
+}
+
+/// Header names are lower-case everywhere, so that every broker and reader
+/// sees the same one.
+fn lower_case_headers(mut message: Message) -> Result<Message, Error> {
+    if message
+        .headers
+        .keys()
+        .any(|n| n.bytes().any(|b| b.is_ascii_uppercase()))
+    {
+        let headers = std::mem::take(&mut message.headers);
+        for (name, value) in headers {
+            let lower = name.to_ascii_lowercase();
+            if message.headers.insert(lower, value).is_some() {
+                return Err(Error::rejected(
+                    crate::ErrorCode::MessageInvalid,
+                    format!("header {name:?} comes twice once names are lower-cased"),
+                )
+                .with_id(message.id.as_str()));
+            }
+        }
+    }
+    Ok(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_envelope_is_read_with_lower_case_headers_and_its_own_id() {
+        let m = parse(
+            br#"{"id":"a-1","type":"t","payload":"aGk=","headers":{"X-A":"1"},"key":"k","priority":"high"}"#,
+            "orders",
+        )
+        .unwrap();
+        assert_eq!(m.id.as_str(), "a-1");
+        assert!(!m.id.is_generated());
+        assert_eq!(&m.payload[..], b"hi");
+        assert_eq!(m.headers["x-a"], "1");
+        assert_eq!(m.priority.value(), 8);
+    }
+
+    #[test]
+    fn what_only_readers_get_is_taken_off() {
+        let m = parse(br#"{"topic":"t","redelivered":true,"offset":9}"#, "t").unwrap();
+        assert!(!m.redelivered && m.offset.is_none() && m.topic.is_none());
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (json, word) in [
+            (&br#"{"paylod":""}"#[..], "paylod"),
+            (br#"{"payload":"%"}"#, "base64"),
+            (br#"{"id":""}"#, "id"),
+            (br#"{"topic":"other"}"#, "other"),
+            (br#"{"priority":11}"#, "11"),
+            (br#"{"headers":{"A":"1","a":"2"}}"#, "twice"),
+            (br#"[1]"#, "message"),
+            (b"", "message"),
+        ] {
+            let problem = parse(json, "t").unwrap_err();
+            assert_eq!(problem.status(), 400);
+            assert!(problem.to_string().contains(word), "{problem}");
+        }
+    }
+
+    #[test]
+    fn an_array_is_told_from_an_object() {
+        assert!(is_array(b" \n[{}]"));
+        assert!(!is_array(b"{}"));
+        assert_eq!(elements(b"[1,{\"a\":[]}]").unwrap().len(), 2);
+        assert!(elements(b"[1").is_err());
+    }
+}

@@ -1,0 +1,118 @@
+//! Where a stream without a group begins, made exact: the offset of every
+//! partition that exists now. A cursor that named only the partitions which
+//! had brought a message would lose what reached the others meanwhile.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use super::{
+    App,
+    cursor::{Cursor, Positions},
+};
+use crate::{
+    broker::{BrokerType, StartFrom, options::Filter},
+    topic::Pattern,
+};
+
+/// Which end of a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Oldest,
+    Newest,
+}
+
+/// The chosen end of every partition of the topics of `pattern` that can be
+/// asked for now; topics that cannot be found are left out.
+pub(super) async fn of(app: &App, pattern: &Pattern, end: End) -> Positions {
+    let topics: Vec<String> = match pattern.literal() {
+        Some(topic) => vec![topic.to_string()],
+        None => app
+            .topology()
+            .topics
+            .iter()
+            .map(|t| t.name.clone())
+            .filter(|name| pattern.matches(name))
+            .collect(),
+    };
+    let mut out = Positions::new();
+    for topic in topics {
+        match app.hub().topic_metadata(&topic).await {
+            Ok(found) => out.extend(found.partitions.iter().map(|p| {
+                let at = match end {
+                    End::Oldest => p.low_watermark,
+                    End::Newest => p.high_watermark,
+                };
+                ((topic.clone(), p.id), at)
+            })),
+            Err(e) => tracing::debug!(%topic, error = %e, "the ends of a topic are not known"),
+        }
+    }
+    out
+}
+
+/// How to begin where `cursor` stands. Partitions that it does not name begin
+/// at its `since` (what is older is filtered out), or, without one, at the
+/// next message.
+pub(super) async fn resume(
+    app: &App,
+    pattern: &Pattern,
+    cursor: &Cursor,
+) -> (StartFrom, Option<Filter>) {
+    let Some(since) = cursor.since else {
+        return (StartFrom::Offsets(cursor.positions.clone()), None);
+    };
+    let mut start = of(app, pattern, End::Oldest).await;
+    start.extend(cursor.positions.clone());
+    let named = Arc::new(cursor.positions.clone());
+    let filter = Filter::new(move |received| {
+        let partition = received.partition.unwrap_or_default();
+        named.contains_key(&(received.topic.to_string(), partition))
+            || received.message.timestamp >= since
+    });
+    (StartFrom::Offsets(start), Some(filter))
+}
+
+/// The primary broker of each topic: offsets mean something only there. What
+/// the spool hands out meanwhile does not move a cursor.
+#[derive(Debug)]
+pub(super) struct Primaries {
+    routes: Vec<(Pattern, BrokerType)>,
+    known: BTreeMap<String, Option<BrokerType>>,
+}
+
+impl Primaries {
+    pub(super) fn new(app: &App) -> Self {
+        let routes = app
+            .hub()
+            .state()
+            .routes
+            .iter()
+            .filter_map(|r| Some((Pattern::new(&r.pattern).ok()?, r.primary)))
+            .collect();
+        Self {
+            routes,
+            known: BTreeMap::new(),
+        }
+    }
+
+    /// Whether `via` is the primary of `topic`.
+    pub(super) fn is(&mut self, topic: &str, via: BrokerType) -> bool {
+        let primary = match self.known.get(topic) {
+            Some(known) => *known,
+            None => {
+                let found = self
+                    .routes
+                    .iter()
+                    .find(|(pattern, _)| pattern.matches(topic))
+                    .map(|(_, primary)| *primary);
+                if self.known.len() < MAX_KNOWN {
+                    self.known.insert(topic.to_owned(), found);
+                }
+                found
+            }
+        };
+        primary.is_none_or(|p| p == via)
+    }
+}
+
+/// Topics whose primary is remembered.
+const MAX_KNOWN: usize = 10_000;

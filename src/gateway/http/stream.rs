@@ -1,0 +1,449 @@
+//! `GET /v1/stream`: streams and live subscriptions as Server-Sent Events.
+//!
+//! ```text
+//!   hub --deliveries--> pump --frames (bounded)--> body --> connection --> socket
+//!                         ^------- what was flushed (see `flushed`) ---------'
+//! ```
+//!
+//! With `ack=auto` a delivery is acked once its frame was written to the
+//! socket; with `ack=cursor` once the client commits. What was neither when the
+//! client goes is given back. Order is the consumer's.
+
+use std::collections::VecDeque;
+
+use axum::{
+    Extension,
+    body::Body,
+    extract::{Query, State},
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::StreamExt;
+use serde::Deserialize;
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval_at, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::{
+    App,
+    cursor::Cursor,
+    flushed::Flushed,
+    limits,
+    positions::{self, End, Primaries},
+    problem::Problem,
+    streams::Commit,
+};
+use crate::{
+    broker::{Consumer, Delivery, OffsetReset, StartFrom, SubscribeOptions},
+    config::RouteKind,
+    error::{Error, ErrorCode},
+    message::{MessageId, Timestamp},
+    topic::Pattern,
+};
+
+/// The query of a stream.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Ask {
+    pattern: String,
+    group: Option<String>,
+    from: Option<String>,
+    #[serde(default)]
+    ack: AckMode,
+    last_event_id: Option<String>,
+}
+
+/// Who commits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum AckMode {
+    /// What was written to the socket counts as handled.
+    #[default]
+    Auto,
+    /// The client commits a cursor.
+    Cursor,
+}
+
+/// Where a stream is asked to begin.
+#[derive(Debug, PartialEq, Eq)]
+enum From {
+    Latest,
+    Earliest,
+    Time(Timestamp),
+    Cursor(Cursor),
+}
+
+/// Opens a stream; it is live when the answer's headers arrive.
+pub(super) async fn stream(
+    State(app): State<App>,
+    Extension(flushed): Extension<Flushed>,
+    headers: HeaderMap,
+    Query(ask): Query<Ask>,
+) -> Result<Response, Problem> {
+    if app.closing().is_cancelled() {
+        return Err(Problem::shutting_down());
+    }
+    let pattern = Pattern::new(&ask.pattern).map_err(Problem::from)?;
+    if let Some(topic) = pattern.literal()
+        && app.hub().kind_of(&topic) == RouteKind::Task
+    {
+        return Err(Problem::http(
+            StatusCode::CONFLICT,
+            "WORK_QUEUE",
+            format!(
+                "{topic} is a work queue, and those are leased: POST /v1/queues/{topic}/lease"
+            ),
+        )
+        .on(&topic));
+    }
+    if ask.ack == AckMode::Cursor && ask.group.is_none() {
+        return Err(Problem::parameter(
+            "ack=cursor needs a group; without one there is nothing to commit",
+        ));
+    }
+    if ask.group.as_deref() == Some("") {
+        return Err(Problem::parameter("group is empty; leave it out, or name one"));
+    }
+    let last = headers
+        .get("last-event-id")
+        .map(|v| v.to_str().unwrap_or("?"))
+        .or(ask.last_event_id.as_deref())
+        .filter(|id| !id.is_empty());
+    let from = match last {
+        Some(id) => Some(From::Cursor(Cursor::decode(id)?)),
+        None => ask.from.as_deref().map(From::parse).transpose()?,
+    };
+    let mut cursor = Cursor {
+        stream: MessageId::generate().as_str().to_owned(),
+        ..Cursor::default()
+    };
+    let options = begin(&app, &pattern, ask.group.as_deref(), from, &mut cursor).await?;
+    let commits = match (&ask.group, ask.ack) {
+        (Some(group), AckMode::Cursor) => Some(app.streams().open(&cursor.stream, group)?),
+        _ => None,
+    };
+    let registered = Registered {
+        app: app.clone(),
+        id: cursor.stream.clone(),
+    };
+    let consumer = app
+        .hub()
+        .stream_events(&pattern.to_string(), options)
+        .await
+        .map_err(|e| Problem::from(e).on(pattern.as_str()))?;
+    if !live(&consumer).await {
+        let why = consumer.control.failure();
+        app.spawn(async move { end(consumer).await });
+        let why = why.map_or_else(
+            || "the broker did not take the subscription in time; try again".to_owned(),
+            |why| why.to_string(),
+        );
+        let error = Error::new(ErrorCode::SubscribeFailed, why).on(pattern.as_str());
+        return Err(error.into());
+    }
+    let (frames, body) = mpsc::channel(limits::STREAM_BUFFER);
+    let pump = Pump {
+        primaries: Primaries::new(&app),
+        base: flushed.given(),
+        flushed: flushed.watch(),
+        sent: 0,
+        cursor,
+        unacked: VecDeque::new(),
+        written: VecDeque::new(),
+        waiting: VecDeque::new(),
+        commits,
+        frames,
+    };
+    let running = app.clone();
+    app.spawn(async move {
+        pump.run(consumer, &running).await;
+        drop(registered);
+    });
+    let body = ReceiverStream::new(body).map(move |frame: Bytes| {
+        flushed.give();
+        Ok::<_, std::convert::Infallible>(frame)
+    });
+    Ok((
+        [
+            (header::CONTENT_TYPE, "text/event-stream"),
+            (header::CACHE_CONTROL, "no-store"),
+        ],
+        Body::from_stream(body),
+    )
+        .into_response())
+}
+
+impl From {
+    fn parse(text: &str) -> Result<Self, Problem> {
+        match text {
+            "latest" => Ok(Self::Latest),
+            "earliest" => Ok(Self::Earliest),
+            other => match other.parse::<Timestamp>() {
+                Ok(time) => Ok(Self::Time(time)),
+                Err(_) => Cursor::decode(other).map(Self::Cursor).map_err(|_| {
+                    Problem::parameter(format!(
+                        "from is {other:?}; use latest, earliest, an RFC 3339 time or a cursor"
+                    ))
+                }),
+            },
+        }
+    }
+}
+
+/// How the consumer begins; fills `cursor` with where that is.
+async fn begin(
+    app: &App,
+    pattern: &Pattern,
+    group: Option<&str>,
+    from: Option<From>,
+    cursor: &mut Cursor,
+) -> Result<SubscribeOptions, Problem> {
+    let mut options = SubscribeOptions {
+        max_poll_records: limits::STREAM_MAX_UNCOMMITTED,
+        prefetch: u16::try_from(limits::STREAM_MAX_UNCOMMITTED).unwrap_or(u16::MAX),
+        ..SubscribeOptions::default()
+    };
+    let Some(group) = group else {
+        options.start = match from.unwrap_or(From::Latest) {
+            From::Earliest => {
+                cursor.positions = positions::of(app, pattern, End::Oldest).await;
+                StartFrom::Earliest
+            }
+            From::Latest => {
+                cursor.positions = positions::of(app, pattern, End::Newest).await;
+                if cursor.positions.is_empty() {
+                    StartFrom::Latest
+                } else {
+                    StartFrom::Offsets(cursor.positions.clone())
+                }
+            }
+            From::Time(time) => {
+                cursor.since = Some(time);
+                StartFrom::Time(time)
+            }
+            From::Cursor(known) => {
+                let (start, filter) = positions::resume(app, pattern, &known).await;
+                options.filter = filter;
+                cursor.positions = known.positions;
+                cursor.since = known.since;
+                start
+            }
+        };
+        return Ok(options);
+    };
+    options.group_id = Some(group.to_owned());
+    match from {
+        None => {}
+        Some(From::Earliest) => options.offset_reset = Some(OffsetReset::Earliest),
+        Some(From::Latest) => options.offset_reset = Some(OffsetReset::Latest),
+        Some(From::Time(_)) => {
+            return Err(Problem::parameter(
+                "a group begins at its committed position; with a group, from takes latest, earliest (where nothing is committed) or a cursor",
+            ));
+        }
+        Some(From::Cursor(known)) => {
+            // The cursor wins over what was committed.
+            app.hub()
+                .commit_positions(group, &known.positions)
+                .await
+                .map_err(Problem::from)?;
+            cursor.positions = known.positions;
+        }
+    }
+    Ok(options)
+}
+
+async fn live(consumer: &Consumer) -> bool {
+    timeout(limits::STREAM_START_TIMEOUT, consumer.control.active())
+        .await
+        .unwrap_or(false)
+}
+
+/// Stops a consumer and gives back what it still holds.
+async fn end(consumer: Consumer) {
+    let Consumer {
+        mut deliveries,
+        control,
+        ..
+    } = consumer;
+    control.begin_stop();
+    deliveries.close();
+    // Dropped unsettled, hence given back.
+    while deliveries.recv().await.is_some() {}
+    control.stop().await;
+}
+
+/// Takes the stream off the list, however its task ends.
+struct Registered {
+    app: App,
+    id: String,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.app.streams().close(&self.id);
+    }
+}
+
+struct Pump {
+    primaries: Primaries,
+    /// Frames that the connection had been given before this stream.
+    base: u64,
+    flushed: watch::Receiver<u64>,
+    /// Frames sent.
+    sent: u64,
+    cursor: Cursor,
+    /// Given out and not settled, with their count.
+    unacked: VecDeque<(u64, Delivery)>,
+    /// For each frame that is not known to be flushed: its number and the
+    /// count of its last delivery.
+    written: VecDeque<(u64, u64)>,
+    /// Received and not given out.
+    waiting: VecDeque<Delivery>,
+    commits: Option<mpsc::Receiver<Commit>>,
+    frames: mpsc::Sender<Bytes>,
+}
+
+impl Pump {
+    async fn run(mut self, mut consumer: Consumer, app: &App) {
+        self.send(Bytes::from(format!(
+            "retry: {}\n: live\n\n",
+            limits::STREAM_RETRY_MS
+        )))
+        .await;
+        let mut heartbeat = interval_at(Instant::now() + limits::HEARTBEAT, limits::HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let room = self.waiting.is_empty()
+                && self.unacked.len() < limits::STREAM_MAX_UNCOMMITTED;
+            tokio::select! {
+                biased;
+                () = app.closing().cancelled() => break,
+                () = self.frames.closed() => break,
+                // The sender lives as long as the connection; gone means gone.
+                changed = self.flushed.changed() => {
+                    if changed.is_err() {
+                        break;
+                    }
+                    self.settle_flushed();
+                }
+                commit = next_commit(&mut self.commits) => self.hand_over(commit),
+                permit = self.frames.clone().reserve_owned(), if !self.waiting.is_empty() => {
+                    let Ok(permit) = permit else { break };
+                    let frame = self.frame();
+                    permit.send(frame);
+                }
+                batch = consumer.deliveries.recv(), if room => match batch {
+                    Some(batch) => self.waiting.extend(batch),
+                    None => {
+                        self.explain(&consumer).await;
+                        break;
+                    }
+                },
+                _ = heartbeat.tick(), if self.waiting.is_empty() => {
+                    // A full body has no need of a sign of life.
+                    if self.frames.try_send(Bytes::from_static(b": alive\n\n")).is_ok() {
+                        self.sent += 1;
+                    }
+                }
+            }
+        }
+        // What has reached the socket by now is handled; the rest is dropped
+        // unsettled, which gives it back.
+        self.settle_flushed();
+        drop(self);
+        end(consumer).await;
+    }
+
+    /// As many waiting deliveries as fit into one frame.
+    fn frame(&mut self) -> Bytes {
+        let mut out = BytesMut::new();
+        while out.len() < FRAME_BYTES
+            && let Some(delivery) = self.waiting.pop_front()
+        {
+            self.cursor.given += 1;
+            let received = delivery.received();
+            if let (Some(partition), Some(offset)) = (received.partition, received.offset)
+                && self.primaries.is(&received.topic, received.via)
+            {
+                self.cursor.pass(&received.topic, partition, offset);
+            }
+            out.put_slice(b"id: ");
+            out.put_slice(self.cursor.encode().as_bytes());
+            out.put_slice(b"\ndata: ");
+            // A message always has a JSON form, on one line.
+            let _ = serde_json::to_writer((&mut out).writer(), received.message.as_ref());
+            out.put_slice(b"\n\n");
+            self.unacked.push_back((self.cursor.given, delivery));
+        }
+        self.sent += 1;
+        if self.commits.is_none() {
+            self.written.push_back((self.sent, self.cursor.given));
+        }
+        out.freeze()
+    }
+
+    async fn send(&mut self, frame: Bytes) {
+        self.sent += 1;
+        // A closed body is noticed by the loop.
+        let _ = self.frames.send(frame).await;
+    }
+
+    /// Acks what was written to the socket (`ack=auto`).
+    fn settle_flushed(&mut self) {
+        let flushed = self.flushed.borrow_and_update().saturating_sub(self.base);
+        let mut upto = None;
+        while let Some((frame, last)) = self.written.front() {
+            if *frame > flushed {
+                break;
+            }
+            upto = Some(*last);
+            self.written.pop_front();
+        }
+        if let Some(upto) = upto {
+            for delivery in self.take(upto) {
+                // A connection that is gone delivers it again.
+                delivery.settle_now(crate::broker::Verdict::Ack);
+            }
+        }
+    }
+
+    fn hand_over(&mut self, commit: Commit) {
+        let deliveries = self.take(commit.upto);
+        // Nobody waiting means that the client hung up; it commits again.
+        if let Err(unclaimed) = commit.deliveries.send(deliveries) {
+            drop(unclaimed);
+        }
+    }
+
+    fn take(&mut self, upto: u64) -> Vec<Delivery> {
+        let count = self.unacked.partition_point(|(n, _)| *n <= upto);
+        self.unacked.drain(..count).map(|(_, d)| d).collect()
+    }
+
+    /// Tells the client why the stream ends by itself.
+    async fn explain(&mut self, consumer: &Consumer) {
+        if let Some(why) = consumer.control.failure() {
+            let problem = Problem::from(Error::new(ErrorCode::ConsumeFailed, why.to_string()));
+            let json = serde_json::to_string(&problem).unwrap_or_default();
+            self.send(Bytes::from(format!("event: problem\ndata: {json}\n\n")))
+                .await;
+        }
+    }
+}
+
+async fn next_commit(commits: &mut Option<mpsc::Receiver<Commit>>) -> Commit {
+    match commits {
+        Some(commits) => match commits.recv().await {
+            Some(commit) => commit,
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
+    }
+}
+
+/// Events that leave together at most.
+const FRAME_BYTES: usize = 64 * 1024;
