@@ -90,9 +90,9 @@ impl Admin {
         let topics = Arc::clone(&self.topics);
         let name = topic.clone();
         self.ask(move |asker| {
-            let metadata = asker
-                .fetch_metadata(Some(&name), QUESTION)
-                .map_err(|e| failed(ErrorCode::ConnectionFailed, "looking up a topic", e).on(name.as_str()))?;
+            let metadata = asker.fetch_metadata(Some(&name), QUESTION).map_err(|e| {
+                failed(ErrorCode::ConnectionFailed, "looking up a topic", e).on(name.as_str())
+            })?;
             topics.learn(&metadata, false);
             Ok(topics.get(&name))
         })
@@ -101,11 +101,18 @@ impl Admin {
 
     /// Looks up the largest batch of a topic, once.
     pub(super) async fn learn_limit(&self, topic: &Topic) -> Result<()> {
-        if self.topics.get(topic).is_some_and(|f| f.max_bytes.is_some()) {
+        if self
+            .topics
+            .get(topic)
+            .is_some_and(|f| f.max_bytes.is_some())
+        {
             return Ok(());
         }
         let settings = self.settings(topic).await?;
-        if let Some(bytes) = settings.get("max.message.bytes").and_then(|v| v.parse().ok()) {
+        if let Some(bytes) = settings
+            .get("max.message.bytes")
+            .and_then(|v| v.parse().ok())
+        {
             self.topics.set_max_bytes(topic, bytes);
         }
         Ok(())
@@ -114,7 +121,9 @@ impl Admin {
     /// Makes a topic. True: it was made; false: it existed.
     pub(super) async fn create(&self, topic: &Topic, options: &TopicOptions) -> Result<bool> {
         if options.partitions < 1 || options.replication < 1 {
-            return Err(invalid("a topic has at least one partition and one replica").on(topic.as_str()));
+            return Err(
+                invalid("a topic has at least one partition and one replica").on(topic.as_str()),
+            );
         }
         let wanted = wanted_settings(options);
         let mut new = NewTopic::new(
@@ -129,7 +138,9 @@ impl Admin {
         let results = client
             .create_topics([&new], &self.options())
             .await
-            .map_err(|e| failed(ErrorCode::TopicCreateFailed, "creating a topic", e).on(topic.as_str()))?;
+            .map_err(|e| {
+                failed(ErrorCode::TopicCreateFailed, "creating a topic", e).on(topic.as_str())
+            })?;
         let made = match results.into_iter().next() {
             Some(Err((_, Code::TopicAlreadyExists))) => false,
             Some(Err((_, code))) => {
@@ -156,7 +167,9 @@ impl Admin {
         let results = client
             .delete_topics(&[topic.as_str()], &self.options())
             .await
-            .map_err(|e| failed(ErrorCode::UnknownError, "deleting a topic", e).on(topic.as_str()))?;
+            .map_err(|e| {
+                failed(ErrorCode::UnknownError, "deleting a topic", e).on(topic.as_str())
+            })?;
         self.topics.forget(topic);
         match results.into_iter().next() {
             Some(Err((_, Code::UnknownTopicOrPartition | Code::UnknownTopic))) => {
@@ -216,12 +229,12 @@ impl Admin {
     async fn partitions(&self, topic: &Topic) -> Result<Vec<PartitionMetadata>> {
         let name = topic.clone();
         self.ask(move |asker| {
-            let fail = |e| failed(ErrorCode::ConnectionFailed, "describing a topic", e).on(name.as_str());
+            let fail =
+                |e| failed(ErrorCode::ConnectionFailed, "describing a topic", e).on(name.as_str());
             let metadata = asker.fetch_metadata(Some(&name), QUESTION).map_err(fail)?;
-            let found = metadata
-                .topics()
-                .iter()
-                .find(|t| t.name() == name.as_str() && t.error().is_none() && !t.partitions().is_empty());
+            let found = metadata.topics().iter().find(|t| {
+                t.name() == name.as_str() && t.error().is_none() && !t.partitions().is_empty()
+            });
             let mut partitions = Vec::new();
             for p in found.ok_or_else(|| not_found(&name))?.partitions() {
                 let (low, high) = asker
@@ -260,7 +273,8 @@ impl Admin {
     /// The settings of a topic, defaults included.
     pub(super) async fn settings(&self, topic: &Topic) -> Result<Settings> {
         let client = self.client().await?;
-        let fail = |e| failed(ErrorCode::UnknownError, "reading a topic's settings", e).on(topic.as_str());
+        let fail =
+            |e| failed(ErrorCode::UnknownError, "reading a topic's settings", e).on(topic.as_str());
         let mut found = client
             .describe_configs([&ResourceSpecifier::Topic(topic)], &self.options())
             .await
@@ -287,7 +301,9 @@ impl Admin {
             Some(Err((_, code))) => Err(Error::new(
                 ErrorCode::UnknownError,
                 match code {
-                    Code::NonEmptyGroup => format!("group {group:?} has live members; stop them first"),
+                    Code::NonEmptyGroup => {
+                        format!("group {group:?} has live members; stop them first")
+                    }
                     Code::GroupIdNotFound => format!("there is no group {group:?}"),
                     other => format!("the broker refused to delete group {group:?}: {other}"),
                 },

@@ -75,7 +75,10 @@ pub(super) fn producer(
         .set("acks", acks(config.required_acks))
         .set("compression.type", codec(compression))
         .set("linger.ms", clamp_ms(config.linger, 0, 900_000))
-        .set("batch.size", batch_bytes.clamp(1, i32::MAX as usize).to_string())
+        .set(
+            "batch.size",
+            batch_bytes.clamp(1, i32::MAX as usize).to_string(),
+        )
         .set("message.max.bytes", message_bytes.to_string())
         .set("delivery.timeout.ms", timeout)
         // What the metadata does not know after this long is unknown.

@@ -104,11 +104,11 @@ pub(super) async fn committed(
     with_group(backend, group, move |client| {
         let mut list = TopicPartitionList::new();
         list.add_partition(&topic, partition);
-        let fail = |e| failed(ErrorCode::ConsumeFailed, "reading a committed offset", e).on(topic.as_str());
+        let fail = |e| {
+            failed(ErrorCode::ConsumeFailed, "reading a committed offset", e).on(topic.as_str())
+        };
         let found = client.committed_offsets(list, CALL).map_err(fail)?;
-        let element = found
-            .find_partition(&topic, partition)
-            .map(|e| e.offset());
+        let element = found.find_partition(&topic, partition).map(|e| e.offset());
         Ok(match element {
             Some(Offset::Offset(offset)) => Some(offset),
             _ => None,

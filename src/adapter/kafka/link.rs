@@ -74,9 +74,7 @@ impl Link {
         let mut lost = false;
         self.state.send_if_modified(|s| {
             lost = s.connected;
-            let change = s.connected
-                || s.refused != refused
-                || s.reason.as_deref() != Some(reason);
+            let change = s.connected || s.refused != refused || s.reason.as_deref() != Some(reason);
             if change {
                 s.connected = false;
                 s.refused = refused;

@@ -27,7 +27,6 @@ use super::{
 use crate::{
     broker::{BrokerType, Confirmation, Fate, Position},
     error::{Error, ErrorCode, Result},
-    metrics::MetricsRecorder,
 };
 
 /// A record as it is handed to the producer.
@@ -99,7 +98,6 @@ impl Drop for Ticket {
 #[derive(Debug)]
 pub(super) struct Shared {
     link: Arc<Link>,
-    recorder: Arc<MetricsRecorder>,
     /// Cancelled by a fatal error: nothing more can be written.
     pub(super) dead: CancellationToken,
     /// Wakes lanes that found the queue full.
@@ -144,7 +142,6 @@ impl ProducerContext for Context {
         let fate = match result {
             Ok(record) => {
                 shared.link.delivered();
-                shared.recorder.publish_confirmations.inc();
                 // Without acks the broker tells no offset.
                 Fate::Confirmed((record.offset() >= 0).then(|| Position {
                     partition: record.partition(),
@@ -182,20 +179,17 @@ impl Producer {
         config: &rdkafka::ClientConfig,
         batch_bytes: usize,
         link: Arc<Link>,
-        recorder: Arc<MetricsRecorder>,
         reaper: Reaper,
     ) -> Result<Self> {
         let shared = Arc::new(Shared {
             link,
-            recorder,
             dead: CancellationToken::new(),
             room: Notify::new(),
             waiting: AtomicUsize::new(0),
             batch_bytes,
         });
-        let inner =
-            ThreadedProducer::from_config_and_context(config, Context(Arc::clone(&shared)))
-                .map_err(|e| failed(ErrorCode::InvalidConfig, "the producer's settings", e))?;
+        let inner = ThreadedProducer::from_config_and_context(config, Context(Arc::clone(&shared)))
+            .map_err(|e| failed(ErrorCode::InvalidConfig, "the producer's settings", e))?;
         Ok(Self {
             inner: Some(inner),
             shared,
@@ -240,9 +234,7 @@ impl Producer {
 
     /// Waits, on this thread, until everything queued has its outcome.
     pub(super) fn flush(&self, within: std::time::Duration) -> bool {
-        self.inner
-            .as_ref()
-            .is_none_or(|p| p.flush(within).is_ok())
+        self.inner.as_ref().is_none_or(|p| p.flush(within).is_ok())
     }
 }
 

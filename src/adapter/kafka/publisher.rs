@@ -31,7 +31,6 @@ use crate::{
     },
     error::{Error, ErrorCode, Result},
     message::{Message, wire::Marks},
-    metrics::MetricsRecorder,
     topic::Topic,
 };
 
@@ -40,7 +39,6 @@ pub(super) struct Publisher {
     config: Arc<KafkaConfig>,
     topics: Arc<Topics>,
     link: Arc<Link>,
-    recorder: Arc<MetricsRecorder>,
     reaper: Reaper,
     partitioner: Partitioner,
     producers: Mutex<HashMap<(Compression, usize), Arc<Producer>>>,
@@ -53,7 +51,6 @@ impl Publisher {
         config: Arc<KafkaConfig>,
         topics: Arc<Topics>,
         link: Arc<Link>,
-        recorder: Arc<MetricsRecorder>,
         reaper: Reaper,
     ) -> Self {
         let partitioner = if config.murmur2_partitioner {
@@ -65,7 +62,6 @@ impl Publisher {
             config,
             topics,
             link,
-            recorder,
             reaper,
             partitioner,
             producers: Mutex::default(),
@@ -169,7 +165,6 @@ impl Publisher {
             &config,
             batch,
             Arc::clone(&self.link),
-            Arc::clone(&self.recorder),
             self.reaper.clone(),
         )?);
         producers.insert((compression, batch), Arc::clone(&producer));
@@ -185,7 +180,13 @@ impl Publisher {
         mut ticket: Box<Ticket>,
         until: &CancellationToken,
     ) {
-        let refuse = |e: Error| Fate::Refused(e.at(BrokerType::Kafka).on(topic.as_str()).with_id(message.id.as_str()));
+        let refuse = |e: Error| {
+            Fate::Refused(
+                e.at(BrokerType::Kafka)
+                    .on(topic.as_str())
+                    .with_id(message.id.as_str()),
+            )
+        };
         let Some(facts) = self.topics.get(topic) else {
             return ticket.answer(refuse(Error::new(
                 ErrorCode::TopicNotFound,
@@ -219,13 +220,13 @@ impl Publisher {
             .headers(headers);
         out.key = key;
         match producer.send(out, until).await {
-            Ok(()) => {
-                self.recorder.bytes_published.add(message.payload.len() as u64);
-            }
+            Ok(()) => {}
             Err((ticket, Some(error))) => {
                 // Turned down before it was queued, so it is certainly not stored.
                 let fate = match fate(&error, topic, bytes, 0) {
-                    Fate::Unknown(error) => Fate::Unsent(error.assuming(crate::error::Assume::NotSent)),
+                    Fate::Unknown(error) => {
+                        Fate::Unsent(error.assuming(crate::error::Assume::NotSent))
+                    }
                     other => other,
                 };
                 if unasked {
@@ -237,11 +238,11 @@ impl Publisher {
         }
     }
 
-    fn producers(
-        &self,
-    ) -> std::sync::MutexGuard<'_, HashMap<(Compression, usize), Arc<Producer>>> {
+    fn producers(&self) -> std::sync::MutexGuard<'_, HashMap<(Compression, usize), Arc<Producer>>> {
         // Nothing under this lock can stop half-way, so a poisoned map is whole.
-        self.producers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.producers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -267,7 +268,6 @@ impl Writer {
                 batch = port.submissions.recv() => batch,
             };
             let Some(batch) = batch else { break };
-            self.publisher.recorder.batches_published.inc();
             for submission in batch {
                 self.submit(submission, &port.confirmations).await;
             }

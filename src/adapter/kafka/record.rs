@@ -15,7 +15,11 @@ use crate::{
 ///
 /// # Errors
 /// `MESSAGE_TOO_LARGE` when a header is beyond what the client library counts.
-pub(super) fn headers(message: &Message, topic: &str, marks: &Marks) -> Result<(OwnedHeaders, usize)> {
+pub(super) fn headers(
+    message: &Message,
+    topic: &str,
+    marks: &Marks,
+) -> Result<(OwnedHeaders, usize)> {
     let list = wire::encode(message, topic, marks, Carrier::Kafka);
     let mut bytes = 0usize;
     let mut out = OwnedHeaders::new_with_capacity(list.len());
@@ -23,7 +27,10 @@ pub(super) fn headers(message: &Message, topic: &str, marks: &Marks) -> Result<(
         if name.len() > MAX_HEADER || value.len() > MAX_HEADER {
             return Err(Error::rejected(
                 ErrorCode::MessageTooLarge,
-                format!("header {name:?} has {} bytes, at most {MAX_HEADER} fit", value.len()),
+                format!(
+                    "header {name:?} has {} bytes, at most {MAX_HEADER} fit",
+                    value.len()
+                ),
             ));
         }
         bytes += name.len() + value.len();
@@ -53,9 +60,7 @@ pub(super) fn decode(record: &BorrowedMessage<'_>) -> Option<(Topic, Message, Ma
     }
     let mut marks = Marks::default();
     if let Some(headers) = record.headers() {
-        let pairs = headers
-            .iter()
-            .map(|h| (h.key, h.value.unwrap_or_default()));
+        let pairs = headers.iter().map(|h| (h.key, h.value.unwrap_or_default()));
         marks = wire::decode(&mut message, pairs, Carrier::Kafka);
     }
     message.topic = Some(topic.as_str().to_owned());

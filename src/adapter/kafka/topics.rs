@@ -27,11 +27,6 @@ impl Topics {
         self.read().get(topic).copied()
     }
 
-    /// All names, in no order.
-    pub(super) fn names(&self) -> Vec<String> {
-        self.read().keys().cloned().collect()
-    }
-
     /// Takes over what a look at the cluster said. A look at everything also
     /// forgets what is gone.
     pub(super) fn learn(&self, metadata: &Metadata, everything: bool) {

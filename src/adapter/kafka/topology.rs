@@ -82,15 +82,28 @@ fn differences(
             });
         }
     };
-    compare("partitions", options.partitions.to_string(), partitions.to_string());
-    compare("replication", options.replication.to_string(), copies.to_string());
+    compare(
+        "partitions",
+        options.partitions.to_string(),
+        partitions.to_string(),
+    );
+    compare(
+        "replication",
+        options.replication.to_string(),
+        copies.to_string(),
+    );
     for (name, expected) in wanted_settings(options) {
         let actual = settings.get(&name).cloned().unwrap_or_default();
-        if sorted(&expected) != sorted(&actual) {
+        if !same(&expected, &actual) {
             compare(&name, expected, actual);
         }
     }
     drift
+}
+
+/// Whether two settings mean the same.
+pub(super) fn same(a: &str, b: &str) -> bool {
+    sorted(a) == sorted(b)
 }
 
 /// Lists such as `compact,delete` mean the same in any order.

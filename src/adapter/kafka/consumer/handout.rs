@@ -108,10 +108,6 @@ impl HandOut {
                 }
             }
         }
-        self.backend
-            .recorder
-            .messages_consumed
-            .add(batch.len() as u64);
         batch
     }
 
@@ -144,7 +140,6 @@ impl HandOut {
             }
             Verdict::Retry { delay, failure } => {
                 drop(state);
-                recorder.messages_retried.inc();
                 let delay = delay.min(LONGEST_REST);
                 later.push(Box::pin(async move {
                     tokio::time::sleep(delay).await;
@@ -183,7 +178,6 @@ impl HandOut {
                     }
                     settled
                 };
-                self.backend.recorder.messages_dead_lettered.inc();
                 answer(
                     done,
                     match settled {

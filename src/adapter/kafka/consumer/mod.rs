@@ -79,9 +79,8 @@ impl Consumers {
             plan.reset,
             plan.member,
         ));
-        let client =
-            Client::from_config_and_context(&settings, Context(Arc::clone(&core)))
-                .map_err(|e| failed(ErrorCode::InvalidConfig, "the consumer's settings", e))?;
+        let client = Client::from_config_and_context(&settings, Context(Arc::clone(&core)))
+            .map_err(|e| failed(ErrorCode::InvalidConfig, "the consumer's settings", e))?;
         if plan.member {
             let pattern = source.pattern();
             let name = pattern
@@ -109,7 +108,6 @@ impl Consumers {
             refresh: backend.config.metadata_refresh.max(LEAST_REFRESH),
             stopping: stopping.clone(),
             report,
-            recorder: Arc::clone(&backend.recorder),
             assigned: HashSet::new(),
         };
         let thread = std::thread::Builder::new()
@@ -313,7 +311,11 @@ impl Plan {
         let group = self.group.clone().unwrap_or_else(|| {
             // The client library reads through a group's queue even where no
             // group is joined and nothing is committed.
-            format!("{}-reader-{}", backend.config.client_id, uuid::Uuid::now_v7())
+            format!(
+                "{}-reader-{}",
+                backend.config.client_id,
+                uuid::Uuid::now_v7()
+            )
         });
         if let Some(tag) = &options.consumer_tag {
             c.set("client.id", format!("{}-{tag}", backend.config.client_id));

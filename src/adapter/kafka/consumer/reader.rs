@@ -25,10 +25,7 @@ use super::{
 };
 use crate::{
     adapter::kafka::{error::raw_code, record},
-    broker::{
-        BrokerType, OffsetReset, Received, SeekTo, StartFrom, consumer::ConsumerState,
-    },
-    metrics::MetricsRecorder,
+    broker::{BrokerType, OffsetReset, Received, SeekTo, StartFrom, consumer::ConsumerState},
     topic::Pattern,
 };
 
@@ -44,7 +41,6 @@ pub(super) struct Reader {
     pub(super) refresh: Duration,
     pub(super) stopping: CancellationToken,
     pub(super) report: watch::Sender<ConsumerState>,
-    pub(super) recorder: Arc<MetricsRecorder>,
     pub(super) assigned: HashSet<TopicPartition>,
 }
 
@@ -85,7 +81,8 @@ impl Reader {
                     // and heartbeats only.
                     self.poll(Duration::ZERO, 1)?;
                 }
-                self.core.wait(SLICE, |s| s.unfinished() < window || s.stopping);
+                self.core
+                    .wait(SLICE, |s| s.unfinished() < window || s.stopping);
                 continue;
             }
             full_since = None;
@@ -113,8 +110,6 @@ impl Reader {
                 Some(Ok(message)) => {
                     taken += 1;
                     if let Some((topic, message, marks)) = record::decode(&message) {
-                        self.recorder.messages_received.inc();
-                        self.recorder.bytes_received.add(message.payload.len() as u64);
                         let place = (
                             topic.as_str().to_owned(),
                             message.partition.unwrap_or_default(),
@@ -134,7 +129,6 @@ impl Reader {
             timeout = Duration::ZERO;
         }
         if taken > 0 {
-            self.recorder.touch_receive();
             self.core.ready.notify_one();
         }
         Ok(())
@@ -152,9 +146,7 @@ impl Reader {
             (_, Some(Code::AutoOffsetReset | Code::NoOffset))
                 if self.core.reset == OffsetReset::None =>
             {
-                Some(
-                    "the group has no committed position and offset_reset is none".to_owned(),
-                )
+                Some("the group has no committed position and offset_reset is none".to_owned())
             }
             _ => None,
         }
@@ -307,13 +299,17 @@ impl Reader {
     fn pause(&self) {
         if !self.core.paused.swap(true, Ordering::AcqRel) {
             tracing::debug!(target: "messaging_hub::kafka", pattern = %self.pattern, "the reader is slow: paused");
-            let _ = self.client.pause(&bare_list(&self.core.state().tracker.partitions()));
+            let _ = self
+                .client
+                .pause(&bare_list(&self.core.state().tracker.partitions()));
         }
     }
 
     fn resume(&self) {
         if self.core.paused.swap(false, Ordering::AcqRel) {
-            let _ = self.client.resume(&bare_list(&self.core.state().tracker.partitions()));
+            let _ = self
+                .client
+                .resume(&bare_list(&self.core.state().tracker.partitions()));
         }
     }
 

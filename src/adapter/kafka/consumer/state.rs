@@ -59,7 +59,13 @@ impl State {
 
     /// Takes in a message. `settle`: it will be settled by its reader.
     /// Returns whether it was taken (a repeat is not).
-    pub(super) fn take_in(&mut self, received: Received, partition: TopicPartition, offset: i64, settle: Settle) -> bool {
+    pub(super) fn take_in(
+        &mut self,
+        received: Received,
+        partition: TopicPartition,
+        offset: i64,
+        settle: Settle,
+    ) -> bool {
         if self.stopping {
             return false;
         }
