@@ -1,1 +1,5 @@
-fn main() {}
+//! The binary; everything is in [`messaging_hub::cli`].
+
+fn main() -> std::process::ExitCode {
+    messaging_hub::cli::run()
+}

@@ -3,15 +3,17 @@
 use std::{sync::Arc, time::Duration};
 
 use messaging_hub::{
+    adapter::embedded::{EmbeddedBroker, EmbeddedConfig},
     broker::{
         LaneOptions, MessageBroker, OrderKey, PublishOptions, QueueOptions, Submission,
         SubscribeOptions, TaskQueueBroker, lane::Fate,
     },
     error::ErrorCode,
-    message::{Priority, Timestamp, wire::Marks},
+    message::{Message, Priority, Task, Timestamp, wire::Marks},
+    topology::{Binding, ExchangeKind, ExchangeSpec, QueueSpec, Topology},
 };
 
-use super::{body, broker, message, publish, queue, take, topic};
+use super::{body, broker, broker_with, message, publish, queue, take, topic};
 
 #[tokio::test(start_paused = true)]
 async fn a_publish_before_any_subscriber_is_kept() {
@@ -295,4 +297,374 @@ async fn a_pattern_gets_queues_that_are_declared_later() {
     assert_eq!(got[1].topic.as_str(), "tasks.two.deep");
     drop(got);
     broker.close().await.unwrap();
+}
+
+/// The next message of a queue, acked.
+async fn pop(broker: &EmbeddedBroker, from: &str) -> Option<Message> {
+    let delivery = broker
+        .dequeue_task(&topic(from), "w", Duration::ZERO)
+        .await
+        .unwrap()?;
+    let message = (*delivery.message).clone();
+    delivery.ack().await.unwrap();
+    Some(message)
+}
+
+fn bound(name: &str, exchange: &str, key: &str) -> QueueSpec {
+    QueueSpec {
+        name: name.into(),
+        options: QueueOptions {
+            dead_letter_exchange: Some("dlx".into()),
+            dead_letter_routing_key: Some("dlq".into()),
+            ..QueueOptions::default()
+        },
+        bindings: vec![Binding {
+            exchange: exchange.into(),
+            routing_key: key.into(),
+        }],
+        aliases: vec![format!("alias-{name}")],
+    }
+}
+
+fn topology() -> Topology {
+    let exchange = |name: &str, kind| ExchangeSpec {
+        name: name.into(),
+        kind,
+        durable: true,
+    };
+    Topology {
+        exchanges: vec![
+            exchange("tasks", ExchangeKind::Direct),
+            exchange("logs", ExchangeKind::Topic),
+            exchange("dlx", ExchangeKind::Direct),
+        ],
+        queues: vec![
+            bound("work", "tasks", "w"),
+            bound("all-logs", "logs", "log.#"),
+            bound("some-logs", "logs", "log.*"),
+            QueueSpec {
+                options: QueueOptions::default(),
+                ..bound("graveyard", "dlx", "dlq")
+            },
+        ],
+        ..Topology::default()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn aliases_and_exchanges_lead_where_the_topology_says() {
+    let broker = broker_with(EmbeddedConfig::default(), topology()).await;
+    publish(&broker, "alias-work", &["by alias"]).await;
+    assert_eq!(pop(&broker, "work").await.unwrap().payload, "by alias");
+    let by = |exchange: &str, key: &str, mandatory| PublishOptions {
+        exchange: exchange.into(),
+        routing_key: key.into(),
+        mandatory,
+        ..PublishOptions::default()
+    };
+    let to = topic("work");
+    for (key, all, some) in [("log.a", true, true), ("log.a.b", true, false)] {
+        broker
+            .publish(&to, message(key), &by("logs", key, true))
+            .await
+            .unwrap();
+        assert_eq!(pop(&broker, "all-logs").await.is_some(), all);
+        assert_eq!(pop(&broker, "some-logs").await.is_some(), some);
+    }
+    let unroutable = broker
+        .publish(&to, message("x"), &by("logs", "other", true))
+        .await;
+    assert_eq!(unroutable.unwrap_err().code(), ErrorCode::PublishRejected);
+    broker
+        .publish(&to, message("x"), &by("logs", "other", false))
+        .await
+        .unwrap();
+    let nowhere = broker
+        .publish(&to, message("x"), &by("missing", "k", true))
+        .await;
+    assert_eq!(nowhere.unwrap_err().code(), ErrorCode::ExchangeNotFound);
+    assert!(broker.topology(false).await.unwrap().is_clean());
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn dead_letters_follow_the_queues_own_exchange() {
+    let broker = broker_with(EmbeddedConfig::default(), topology()).await;
+    publish(&broker, "work", &["x"]).await;
+    let delivery = broker
+        .dequeue_task(&topic("work"), "w", Duration::ZERO)
+        .await
+        .unwrap()
+        .unwrap();
+    broker
+        .move_to_dead_letter(delivery, "no use")
+        .await
+        .unwrap();
+    let dead = pop(&broker, "graveyard").await.unwrap();
+    assert_eq!(dead.error.as_deref(), Some("no use"));
+    assert_eq!(broker.metrics().messages_dead_lettered, 1);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unknown_topic_is_refused_where_nothing_is_made_by_itself() {
+    let config = EmbeddedConfig {
+        auto_declare: false,
+        ..EmbeddedConfig::default()
+    };
+    let broker = broker_with(config, Topology::default()).await;
+    let to = topic("tasks.unknown");
+    let refused = broker
+        .publish(&to, message("x"), &PublishOptions::default())
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), ErrorCode::TopicNotFound);
+    assert!(refused.is_refusal());
+    assert!(
+        broker
+            .open_lane(&to, 0, &LaneOptions::default())
+            .await
+            .is_err()
+    );
+    let consumer = broker
+        .consume(&queue("tasks.unknown"), &SubscribeOptions::default())
+        .await;
+    assert_eq!(consumer.unwrap_err().code(), ErrorCode::QueueNotFound);
+    broker.ensure(&queue("tasks.unknown")).await.unwrap();
+    publish(&broker, "tasks.unknown", &["x"]).await;
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_says_of_each_message_what_became_of_it() {
+    let broker = broker().await;
+    let to = topic("tasks.batch");
+    let options = QueueOptions {
+        max_length: Some(3),
+        overflow: Some("reject-publish-dlx".into()),
+        ..QueueOptions::default()
+    };
+    broker.declare_queue(&to, &options).await.unwrap();
+    let messages: Vec<_> = (0..5).map(|i| Arc::new(message(&i.to_string()))).collect();
+    let ids: Vec<_> = messages.iter().map(|m| m.id.clone()).collect();
+    let outcomes = broker
+        .publish_batch(&to, messages, &PublishOptions::default())
+        .await;
+    for (i, (outcome, id)) in outcomes.iter().zip(&ids).enumerate() {
+        match outcome {
+            Ok(receipt) => {
+                assert!(i < 3);
+                assert_eq!(&receipt.id, id);
+            }
+            Err(error) => {
+                assert!(i >= 3);
+                assert_eq!(error.message_id(), Some(id.as_str()));
+            }
+        }
+    }
+    assert_eq!(outcomes.len(), 5);
+    assert_eq!(broker.queue_depth(&to).await.unwrap(), 3);
+    assert_eq!(
+        broker.queue_depth(&topic("helixagent.dlq")).await.unwrap(),
+        2
+    );
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_task_is_not_handed_out_before_it_is_scheduled() {
+    let broker = broker().await;
+    let to = topic("tasks.later");
+    let mut task = Task::new("t", "x");
+    task.attributes.scheduled_at = Some(Timestamp::now() + Duration::from_secs(30));
+    broker.enqueue_task(&to, task).await.unwrap();
+    let before = tokio::time::Instant::now();
+    let delivery = broker
+        .dequeue_task(&to, "worker-7", Duration::from_secs(60))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(before.elapsed() >= Duration::from_secs(29));
+    let task = delivery.task.clone().unwrap();
+    assert_eq!(task.worker_id.as_deref(), Some("worker-7"));
+    delivery.ack().await.unwrap();
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_queue_is_declared_once_and_drift_is_named() {
+    let broker = broker().await;
+    let to = topic("tasks.declared");
+    let options = QueueOptions {
+        max_priority: Some(10),
+        ..QueueOptions::default()
+    };
+    broker.declare_queue(&to, &options).await.unwrap();
+    broker.declare_queue(&to, &options).await.unwrap();
+    let error = broker
+        .declare_queue(&to, &QueueOptions::default())
+        .await
+        .unwrap_err();
+    assert_eq!(error.code(), ErrorCode::QueueDeclareFailed);
+    assert!(error.message().contains("x-max-priority"), "{error}");
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn purge_leaves_what_is_in_hand_and_delete_voids_it() {
+    let broker = broker().await;
+    let to = topic("tasks.purge");
+    publish(&broker, "tasks.purge", &["held", "b", "c"]).await;
+    let held = broker
+        .dequeue_task(&to, "w", Duration::ZERO)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(broker.purge_queue(&to).await.unwrap(), 2);
+    let stats = broker.queue_stats(&to).await.unwrap();
+    assert_eq!((stats.messages, stats.messages_unacked), (1, Some(1)));
+    broker.delete_queue(&to).await.unwrap();
+    assert_eq!(held.ack().await.unwrap_err().code(), ErrorCode::AckFailed);
+    assert_eq!(
+        broker.delete_queue(&to).await.unwrap_err().code(),
+        ErrorCode::QueueNotFound
+    );
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn unused_and_abandoned_queues_go() {
+    let broker = broker().await;
+    let (unused, left) = (topic("tasks.unused"), topic("tasks.left"));
+    let expires = QueueOptions {
+        expires_ms: Some(5000),
+        ..QueueOptions::default()
+    };
+    let auto = QueueOptions {
+        auto_delete: true,
+        ..QueueOptions::default()
+    };
+    broker.declare_queue(&unused, &expires).await.unwrap();
+    broker.declare_queue(&left, &auto).await.unwrap();
+    let mut consumer = broker
+        .consume(&queue("tasks.left"), &SubscribeOptions::default())
+        .await
+        .unwrap();
+    consumer.control.begin_stop();
+    while consumer.deliveries.recv().await.is_some() {}
+    consumer.control.stop().await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    for gone in [&unused, &left] {
+        assert_eq!(
+            broker.queue_stats(gone).await.unwrap_err().code(),
+            ErrorCode::QueueNotFound
+        );
+    }
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_consumer_that_stops_gives_back_what_nobody_saw_and_waits_for_the_rest() {
+    let broker = broker().await;
+    let mut consumer = broker
+        .consume(&queue("tasks.stop"), &SubscribeOptions::default())
+        .await
+        .unwrap();
+    publish(&broker, "tasks.stop", &["a", "b"]).await;
+    let held = take(&mut consumer, 2).await;
+    consumer.control.begin_stop();
+    assert!(consumer.deliveries.recv().await.is_none());
+    publish(&broker, "tasks.stop", &["c"]).await;
+    let control = consumer.control.clone();
+    let stopped = tokio::spawn(async move { control.stop().await });
+    tokio::task::yield_now().await;
+    assert!(!stopped.is_finished());
+    for delivery in held {
+        delivery.ack().await.unwrap();
+    }
+    stopped.await.unwrap();
+    let left = pop(&broker, "tasks.stop").await.unwrap();
+    assert_eq!(
+        (left.payload.as_ref(), left.redelivered),
+        (&b"c"[..], false)
+    );
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_exclusive_consumer_keeps_others_out() {
+    let broker = broker().await;
+    let options = SubscribeOptions {
+        exclusive: true,
+        ..SubscribeOptions::default()
+    };
+    let _first = broker.consume(&queue("tasks.ex"), &options).await.unwrap();
+    let second = broker
+        .consume(&queue("tasks.ex"), &SubscribeOptions::default())
+        .await;
+    assert_eq!(second.unwrap_err().code(), ErrorCode::SubscribeFailed);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_publishers_and_consumers_lose_and_repeat_nothing() {
+    const PUBLISHERS: usize = 4;
+    const EACH: usize = 500;
+    let broker = broker().await;
+    let (seen, mut all) = tokio::sync::mpsc::unbounded_channel();
+    let mut consumers = Vec::new();
+    for _ in 0..4 {
+        let mut consumer = broker
+            .consume(&queue("tasks.busy"), &SubscribeOptions::default())
+            .await
+            .unwrap();
+        let seen = seen.clone();
+        consumers.push(tokio::spawn(async move {
+            while let Some(batch) = consumer.deliveries.recv().await {
+                for delivery in batch {
+                    let id = delivery.id.clone();
+                    delivery.ack().await.unwrap();
+                    seen.send(id).unwrap();
+                }
+            }
+        }));
+    }
+    drop(seen);
+    let publishers: Vec<_> = (0..PUBLISHERS)
+        .map(|_| {
+            let broker = broker.clone();
+            tokio::spawn(async move {
+                let mut ids = Vec::new();
+                for _ in 0..EACH {
+                    let m = message("x");
+                    ids.push(m.id.clone());
+                    broker
+                        .publish(&topic("tasks.busy"), m, &PublishOptions::default())
+                        .await
+                        .unwrap();
+                }
+                ids
+            })
+        })
+        .collect();
+    let mut sent = std::collections::HashSet::new();
+    for publisher in publishers {
+        sent.extend(publisher.await.unwrap());
+    }
+    assert_eq!(sent.len(), PUBLISHERS * EACH);
+    let mut got = std::collections::HashSet::new();
+    while got.len() < sent.len() {
+        let id = tokio::time::timeout(Duration::from_secs(20), all.recv())
+            .await
+            .expect("some messages never came")
+            .unwrap();
+        assert!(got.insert(id), "a message came twice");
+    }
+    assert_eq!(got, sent);
+    let stats = broker.queue_stats(&topic("tasks.busy")).await.unwrap();
+    assert_eq!((stats.messages, stats.message_bytes), (0, Some(0)));
+    broker.close().await.unwrap();
+    for consumer in consumers {
+        consumer.await.unwrap();
+    }
 }

@@ -115,9 +115,10 @@ impl MessageBroker for EmbeddedBroker {
             shared.recorder.connection_failures.inc();
             return Err(error);
         }
-        shared.start();
-        shared.recorder.connection_successes.inc();
-        shared.recorder.current_connections.inc();
+        if shared.start() {
+            shared.recorder.connection_successes.inc();
+            shared.recorder.current_connections.inc();
+        }
         shared.connection.send_replace(ConnectionState {
             generation: 1,
             connected: true,
@@ -217,6 +218,13 @@ impl MessageBroker for EmbeddedBroker {
     async fn ensure(&self, source: &Source) -> Result<()> {
         self.shared.usable()?;
         self.shared.step(|state, now| state.ensure(now, source))
+    }
+}
+
+/// A broker that is dropped without being closed ends its tasks, unobserved.
+impl Drop for EmbeddedBroker {
+    fn drop(&mut self) {
+        self.shared.closed.cancel();
     }
 }
 

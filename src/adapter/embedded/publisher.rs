@@ -276,6 +276,7 @@ impl State {
     /// Whether an unknown name is to be a queue.
     pub(super) fn names_queue(&self, topic: &str) -> bool {
         self.topology.queue(topic).is_some()
+            || topic == self.topology.dead_letter_queue()
             || (self.topology.topic(topic).is_none()
                 && self.config.queue_patterns.iter().any(|p| p.matches(topic)))
     }

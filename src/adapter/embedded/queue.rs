@@ -556,3 +556,7 @@ fn check(options: &QueueOptions) -> Result<Overflow> {
 pub(super) const EXPIRED: &str = "expired";
 /// Reason of what was dropped at the bound.
 pub(super) const OVERFLOW: &str = "maxlen";
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

@@ -71,6 +71,11 @@ impl State {
                 return Ok(id);
             }
         }
+        if self.stream_names.contains_key(&name) {
+            return Err(failed(
+                "a stream has this name; a topic is either a queue or a stream".to_owned(),
+            ));
+        }
         let core = Queue::new(now, options.clone(), self.config.max_messages)
             .map_err(|e| failed(e.message().to_owned()))?;
         let id = self.fresh_id();

@@ -97,10 +97,10 @@ impl Shared {
         Ok(())
     }
 
-    /// Starts the timer task, once.
-    pub(super) fn start(self: &Arc<Self>) {
+    /// Starts the timer task, once. Whether this was the first time.
+    pub(super) fn start(self: &Arc<Self>) -> bool {
         if self.started.swap(true, Ordering::AcqRel) {
-            return;
+            return false;
         }
         let shared = self.clone();
         self.tasks.spawn(async move {
@@ -110,6 +110,7 @@ impl Shared {
                 () = shared.run_timer() => {}
             }
         });
+        true
     }
 
     /// Runs what time brings when it is due. A step that makes something due

@@ -66,6 +66,11 @@ impl State {
             }
             return Ok(id);
         }
+        if self.queue_id(&name).is_some() {
+            return Err(failed(
+                "a queue has this name; a topic is either a queue or a stream",
+            ));
+        }
         let core = Stream::new(options.clone(), self.config.retention_bytes)
             .map_err(|e| failed(e.message()))?;
         let id = self.fresh_id();

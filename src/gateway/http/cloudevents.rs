@@ -13,8 +13,8 @@ use serde_json::value::RawValue;
 
 use super::{problem::Problem, raw};
 use crate::{
-    message::{EventAttributes, Message, MessageId},
     error::Result as HubResult,
+    message::{EventAttributes, Message, MessageId},
 };
 
 const CE: &str = "ce-";
@@ -260,10 +260,19 @@ mod tests {
     fn what_is_missing_or_wrong_is_named() {
         for (json, word) in [
             (&br#"{"id":"e","source":"s","type":"t"}"#[..], "specversion"),
-            (br#"{"specversion":"0.3","id":"e","source":"s","type":"t"}"#, "0.3"),
+            (
+                br#"{"specversion":"0.3","id":"e","source":"s","type":"t"}"#,
+                "0.3",
+            ),
             (br#"{"specversion":"1.0","source":"s","type":"t"}"#, "id"),
-            (br#"{"specversion":"1.0","id":"e","source":"s","type":"t","Bad":"x"}"#, "Bad"),
-            (br#"{"specversion":"1.0","id":"e","source":"s","type":"t","time":"now"}"#, "time"),
+            (
+                br#"{"specversion":"1.0","id":"e","source":"s","type":"t","Bad":"x"}"#,
+                "Bad",
+            ),
+            (
+                br#"{"specversion":"1.0","id":"e","source":"s","type":"t","time":"now"}"#,
+                "time",
+            ),
             (b"[]", "CloudEvent"),
         ] {
             let problem = structured(json).unwrap_err();

@@ -114,7 +114,13 @@ mod tests {
 
     #[test]
     fn what_is_no_cursor_is_refused() {
-        for text in ["", "!", "e30", "eyJwIjp7ImEiOjF9fQ", "eyJwIjp7ImEvLTEiOjF9fQ"] {
+        for text in [
+            "",
+            "!",
+            "e30",
+            "eyJwIjp7ImEiOjF9fQ",
+            "eyJwIjp7ImEvLTEiOjF9fQ",
+        ] {
             assert_eq!(Cursor::decode(text).unwrap_err().status(), 400, "{text}");
         }
     }

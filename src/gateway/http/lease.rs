@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::{App, limits, problem::Problem};
 use crate::{
     broker::Verdict,
+    config::RouteKind,
     error::{Error, ErrorCode},
     message::{Message, Timestamp, wire::Failure},
 };
@@ -105,10 +106,9 @@ pub(super) async fn lease(
         .on(&queue));
     }
     let lasting = lease_time(ask.lease_ms)?;
+    known(&app, &queue).await?;
     // `max` is a most, so a smaller one is within it.
-    let mut room = app
-        .leases()
-        .reserve(ask.max.min(limits::MAX_LEASE_BATCH))?;
+    let mut room = app.leases().reserve(ask.max.min(limits::MAX_LEASE_BATCH))?;
     let taken = tokio::select! {
         taken = app.hub().lease(&queue, room.size, wait.max(limits::MIN_LEASE_WAIT)) => {
             taken.map_err(|e| Problem::from(e).on(&queue))?
@@ -215,6 +215,25 @@ pub(super) async fn ack_many(
                 names.join(", ")
             )))
         }
+    }
+}
+
+/// A queue that does not exist is an answer of its own, also where publishing
+/// to it would make it. While its broker cannot be asked, the lease decides.
+async fn known(app: &App, queue: &str) -> Result<(), Problem> {
+    if app.hub().kind_of(queue) == RouteKind::Event {
+        return Err(Error::rejected(
+            ErrorCode::QueueNotFound,
+            format!("{queue} is no work queue but a stream; read it with GET /v1/stream?pattern={queue}"),
+        )
+        .on(queue)
+        .into());
+    }
+    match app.hub().queue_stats(queue).await {
+        Err(e) if matches!(e.code(), ErrorCode::QueueNotFound | ErrorCode::MessageInvalid) => {
+            Err(Problem::from(e).on(queue))
+        }
+        _ => Ok(()),
     }
 }
 

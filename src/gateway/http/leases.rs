@@ -143,7 +143,10 @@ impl Leases {
                 }
                 let expired = leases.table().expire(Instant::now());
                 if !expired.is_empty() {
-                    tracing::info!(count = expired.len(), "leases expired; their messages go back");
+                    tracing::info!(
+                        count = expired.len(),
+                        "leases expired; their messages go back"
+                    );
                 }
                 give_back(expired);
             }

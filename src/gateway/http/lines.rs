@@ -4,7 +4,7 @@ use bytes::{Bytes, BytesMut};
 
 /// Takes pieces, gives lines; holds at most one unfinished line.
 #[derive(Debug)]
-pub(super) struct Lines {
+pub(crate) struct Lines {
     rest: BytesMut,
     /// Where the search for the next line feed goes on.
     searched: usize,
@@ -16,7 +16,7 @@ pub(super) struct Lines {
 
 /// What was cut off.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Line {
+pub(crate) enum Line {
     /// A line without its line feed (and carriage return).
     Whole(Bytes),
     /// A line over the limit; its bytes are gone.
@@ -25,7 +25,7 @@ pub(super) enum Line {
 
 impl Lines {
     /// Lines of at most `max` bytes.
-    pub(super) fn new(max: usize) -> Self {
+    pub(crate) fn new(max: usize) -> Self {
         Self {
             rest: BytesMut::new(),
             searched: 0,
@@ -35,12 +35,12 @@ impl Lines {
     }
 
     /// Adds a piece.
-    pub(super) fn push(&mut self, piece: &[u8]) {
+    pub(crate) fn push(&mut self, piece: &[u8]) {
         self.rest.extend_from_slice(piece);
     }
 
     /// The next complete line, if there is one.
-    pub(super) fn next_line(&mut self) -> Option<Line> {
+    pub(crate) fn next_line(&mut self) -> Option<Line> {
         let fresh = self.rest.get(self.searched..).unwrap_or_default();
         match fresh.iter().position(|b| *b == b'\n') {
             Some(at) => {
@@ -64,7 +64,7 @@ impl Lines {
     }
 
     /// The last line, when the body ended without a line feed.
-    pub(super) fn last(&mut self) -> Option<Line> {
+    pub(crate) fn last(&mut self) -> Option<Line> {
         if self.rest.is_empty() && !self.skipping {
             return None;
         }

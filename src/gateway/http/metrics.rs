@@ -14,7 +14,10 @@ use prometheus::{
 
 use super::{App, problem::Problem};
 use crate::{
-    hub::{HubMetrics, state::{HubState, LaneState}},
+    hub::{
+        HubMetrics,
+        state::{HubState, LaneState},
+    },
     metrics::{BrokerMetrics, Histogram},
 };
 
@@ -167,11 +170,9 @@ impl Page {
                 "Publishes without an outcome in time",
                 |m| m.publish_timeouts,
             ),
-            (
-                "messaging_broker_errors_total",
-                "Errors of any kind",
-                |m| m.total_errors,
-            ),
+            ("messaging_broker_errors_total", "Errors of any kind", |m| {
+                m.total_errors
+            }),
         ];
         for (name, help, get) in of_brokers {
             let rows = metrics

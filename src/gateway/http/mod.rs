@@ -20,7 +20,7 @@ mod lease;
 mod lease_table;
 mod leases;
 mod limits;
-mod lines;
+pub(crate) mod lines;
 mod metrics;
 mod ndjson;
 mod positions;

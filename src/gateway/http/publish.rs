@@ -73,7 +73,10 @@ pub(super) async fn publish(
         Form::Envelope => {
             let body = read(body, batch_bytes(max), &topic).await?;
             if envelope::is_array(&body) {
-                many(&publisher, &topic, &body, |json| envelope::parse(json, &topic)).await
+                many(&publisher, &topic, &body, |json| {
+                    envelope::parse(json, &topic)
+                })
+                .await
             } else if body.len() > limits::envelope_bytes(max) {
                 Err(too_large(limits::envelope_bytes(max), &topic))
             } else {
@@ -150,7 +153,8 @@ async fn many(
             Ok(id) => answer(outcomes.next(), topic, id.as_str()),
         })
         .collect();
-    let spooled = |a: &Answer| matches!(a, Answer::Receipt(r) if status_of(r) == StatusCode::ACCEPTED);
+    let spooled =
+        |a: &Answer| matches!(a, Answer::Receipt(r) if status_of(r) == StatusCode::ACCEPTED);
     let status = if !answers.is_empty() && answers.iter().all(spooled) {
         StatusCode::ACCEPTED
     } else {
@@ -195,10 +199,7 @@ fn publisher(app: &App, topic: &str, headers: &HeaderMap) -> Result<Publisher, P
     let made = match headers.get(raw::PUBLISHER) {
         None => app.hub().publisher(topic),
         Some(name) => {
-            let name = raw::text(
-                &axum::http::HeaderName::from_static(raw::PUBLISHER),
-                name,
-            )?;
+            let name = raw::text(&axum::http::HeaderName::from_static(raw::PUBLISHER), name)?;
             if name.is_empty() || name.len() > MAX_PUBLISHER_NAME {
                 return Err(Problem::invalid(format!(
                     "Hub-Publisher has 1 to {MAX_PUBLISHER_NAME} bytes, this one has {}",
@@ -247,9 +248,15 @@ mod tests {
     #[test]
     fn the_form_follows_the_media_type_and_not_its_parameters() {
         for (text, form) in [
-            ("application/vnd.messaging-hub+json; charset=utf-8", Form::Envelope),
+            (
+                "application/vnd.messaging-hub+json; charset=utf-8",
+                Form::Envelope,
+            ),
             ("Application/X-NDJSON", Form::Lines),
-            ("application/cloudevents+json;charset=UTF-8", Form::CloudEvent),
+            (
+                "application/cloudevents+json;charset=UTF-8",
+                Form::CloudEvent,
+            ),
             ("application/cloudevents-batch+json", Form::CloudEvents),
             ("application/json", Form::Payload),
             ("", Form::Payload),

@@ -70,11 +70,9 @@ pub(super) fn refuse_fields(headers: &HeaderMap) -> Result<(), Problem> {
 
 fn set(message: &mut Message, field: &str, value: String) -> Result<(), Error> {
     let number = |what: &str| {
-        value.parse().map_err(|_| {
-            invalid(format!(
-                "{value:?} is not {what}"
-            ))
-        })
+        value
+            .parse()
+            .map_err(|_| invalid(format!("{value:?} is not {what}")))
     };
     match field {
         "id" => message.id = MessageId::new(&value)?,

@@ -9,9 +9,7 @@ use axum::{
     routing::{get, post},
 };
 
-use super::{
-    App, commit, guard, lease, metrics, problem::Problem, publish, state, stream,
-};
+use super::{App, commit, guard, lease, metrics, problem::Problem, publish, state, stream};
 
 /// Every path, behind the guard.
 pub(super) fn router(app: &App) -> Router {

@@ -43,10 +43,7 @@ impl HttpServer {
     /// `INVALID_CONFIG` for an address that is not loopback without a token;
     /// `CONNECTION_FAILED` when the address cannot be bound, such as a port
     /// that is taken.
-    pub async fn start(
-        hub: MessagingHub,
-        options: HttpOptions,
-    ) -> Result<Self> {
+    pub async fn start(hub: MessagingHub, options: HttpOptions) -> Result<Self> {
         let wanted = options.address;
         if options.token.as_ref().is_some_and(|t| t.is_empty()) {
             return Err(Error::rejected(

@@ -71,22 +71,25 @@ fn events(
     app: App,
     receiver: Receiver<StateChange>,
 ) -> impl Stream<Item = Result<Event, Infallible>> {
-    stream::unfold((app, receiver, true), |(app, mut receiver, first)| async move {
-        let event = if first {
-            snapshot(&app)
-        } else {
-            let change = tokio::select! {
-                change = receiver.recv() => change,
-                () = app.closing().cancelled() => return None,
+    stream::unfold(
+        (app, receiver, true),
+        |(app, mut receiver, first)| async move {
+            let event = if first {
+                snapshot(&app)
+            } else {
+                let change = tokio::select! {
+                    change = receiver.recv() => change,
+                    () = app.closing().cancelled() => return None,
+                };
+                match change {
+                    Ok(change) => named("change", &change),
+                    Err(RecvError::Lagged(_)) => snapshot(&app),
+                    Err(RecvError::Closed) => return None,
+                }
             };
-            match change {
-                Ok(change) => named("change", &change),
-                Err(RecvError::Lagged(_)) => snapshot(&app),
-                Err(RecvError::Closed) => return None,
-            }
-        };
-        Some((Ok(event), (app, receiver, false)))
-    })
+            Some((Ok(event), (app, receiver, false)))
+        },
+    )
 }
 
 fn snapshot(app: &App) -> Event {

@@ -93,9 +93,7 @@ pub(super) async fn stream(
         return Err(Problem::http(
             StatusCode::CONFLICT,
             "WORK_QUEUE",
-            format!(
-                "{topic} is a work queue, and those are leased: POST /v1/queues/{topic}/lease"
-            ),
+            format!("{topic} is a work queue, and those are leased: POST /v1/queues/{topic}/lease"),
         )
         .on(&topic));
     }
@@ -105,7 +103,9 @@ pub(super) async fn stream(
         ));
     }
     if ask.group.as_deref() == Some("") {
-        return Err(Problem::parameter("group is empty; leave it out, or name one"));
+        return Err(Problem::parameter(
+            "group is empty; leave it out, or name one",
+        ));
     }
     let last = headers
         .get("last-event-id")
@@ -317,8 +317,8 @@ impl Pump {
         let mut heartbeat = interval_at(Instant::now() + limits::HEARTBEAT, limits::HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let room = self.waiting.is_empty()
-                && self.unacked.len() < limits::STREAM_MAX_UNCOMMITTED;
+            let room =
+                self.waiting.is_empty() && self.unacked.len() < limits::STREAM_MAX_UNCOMMITTED;
             tokio::select! {
                 biased;
                 () = app.closing().cancelled() => break,

@@ -1,0 +1,209 @@
+//! `serve`: a hub with its HTTP server, until a signal.
+//!
+//! The first SIGINT or SIGTERM stops intake, lets running requests end, gives
+//! leases back and closes the hub, all within the grace period. The second one
+//! ends the process at once.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use clap::Args;
+use tokio::time::Instant;
+use tracing_subscriber::{EnvFilter, fmt::format::FmtSpan};
+
+use super::{Failure, Target, say};
+use crate::{
+    config::{LogConfig, LogFormat, MessagingConfig},
+    gateway::http::{HttpOptions, HttpServer},
+    system::MessagingSystem,
+};
+
+/// Run a hub.
+#[derive(Debug, Args)]
+pub(super) struct Serve {
+    /// Configuration file. Default: the built-in one and the environment.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Address of HTTP; port 0 takes a free one. Default 127.0.0.1:8090.
+    #[arg(long, value_name = "ADDR")]
+    http: Option<String>,
+    /// Address of TCP. Refused: this version has no TCP gateway.
+    #[arg(long, value_name = "ADDR")]
+    tcp: Option<String>,
+    /// Data folder. Refused: this version keeps nothing on disk.
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Start although a broker refuses the credentials.
+    #[arg(long)]
+    start_degraded: bool,
+}
+
+impl Serve {
+    pub(super) async fn run(self, target: &Target) -> Result<ExitCode, Failure> {
+        if self.tcp.is_some() {
+            return Err(Failure::usage(
+                "--tcp cannot be honoured: this version has no TCP gateway; leave it out",
+            ));
+        }
+        if self.data.is_some() {
+            return Err(Failure::usage(
+                "--data cannot be honoured: this version has no journal and keeps nothing on disk; leave it out",
+            ));
+        }
+        let mut config = load(self.config.as_deref())?;
+        if let Some(http) = self.http {
+            config.server.http = http;
+        }
+        start_log(&config.log)?;
+        let options = HttpOptions {
+            address: resolve(&config.server.http).await?,
+            token: target.token.clone().filter(|t| !t.is_empty()),
+            allowed_hosts: config.server.allowed_hosts.clone(),
+            allowed_origins: config.server.allowed_origins.clone(),
+            hub: config.hub.clone(),
+        };
+        say(config.report().trim_end())?;
+        let grace = config.hub.shutdown_grace;
+        // From here on a signal is an orderly end.
+        let mut signals = Signals::new()?;
+        let system = MessagingSystem::new(config).with_start_degraded(self.start_degraded);
+        tokio::select! {
+            started = system.initialize() => started?,
+            () = signals.next() => {
+                eprintln!("stopped before it was started");
+                return Ok(ExitCode::SUCCESS);
+            }
+        }
+        let server = match HttpServer::start(system.hub(), options).await {
+            Ok(server) => server,
+            Err(e) => {
+                system.hub().close(grace).await;
+                return Err(e.into());
+            }
+        };
+        say(format!("listening http://{}", server.address()))?;
+        signals.next().await;
+        eprintln!(
+            "stopping, within {} s; a second signal ends at once",
+            grace.as_secs()
+        );
+        tokio::select! {
+            left = stop(&server, &system, grace) => Ok(left),
+            () = signals.next() => {
+                eprintln!("ended at once by a second signal; what was in memory is lost");
+                Ok(ExitCode::FAILURE)
+            }
+        }
+    }
+}
+
+async fn stop(
+    server: &HttpServer,
+    system: &MessagingSystem,
+    grace: std::time::Duration,
+) -> ExitCode {
+    let deadline = Instant::now() + grace;
+    // Half for requests, so that the lanes have time to flush.
+    if !server.stop(grace / 2).await {
+        eprintln!("some requests did not end in time and were cut off");
+    }
+    let rest = deadline.saturating_duration_since(Instant::now());
+    let report = system.hub().close(rest).await;
+    if report.handlers_given_up > 0 {
+        eprintln!(
+            "{} handlers did not end in time; their messages were given back",
+            report.handlers_given_up
+        );
+    }
+    if report.left_in_memory_spool > 0 {
+        eprintln!(
+            "{} accepted messages were still in the memory spool and are lost; the brokers did not come back in time",
+            report.left_in_memory_spool
+        );
+        return ExitCode::FAILURE;
+    }
+    eprintln!("stopped");
+    ExitCode::SUCCESS
+}
+
+/// The configuration of a file, or the built-in one, with the environment.
+pub(super) fn load(file: Option<&std::path::Path>) -> Result<MessagingConfig, Failure> {
+    Ok(match file {
+        Some(file) => MessagingConfig::from_yaml(file)?,
+        None => MessagingConfig::from_env()?,
+    })
+}
+
+async fn resolve(text: &str) -> Result<SocketAddr, Failure> {
+    let wrong = |why: String| {
+        Failure::new(format!(
+            "the HTTP address {text:?} cannot be used: {why}; write host:port, such as 127.0.0.1:8090"
+        ))
+    };
+    let mut found = tokio::net::lookup_host(text)
+        .await
+        .map_err(|e| wrong(e.to_string()))?;
+    found
+        .next()
+        .ok_or_else(|| wrong("it has no address".to_owned()))
+}
+
+fn start_log(log: &LogConfig) -> Result<(), Failure> {
+    let filter = EnvFilter::try_new(&log.level).map_err(|e| {
+        Failure::new(format!(
+            "the log level {:?} is not understood: {e}; use info, or info,messaging_hub=debug",
+            log.level
+        ))
+    })?;
+    let base = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_span_events(FmtSpan::NONE)
+        .with_writer(std::io::stderr);
+    let done = match log.format {
+        LogFormat::Text => base.try_init(),
+        LogFormat::Json => base.json().try_init(),
+    };
+    done.map_err(|e| Failure::new(format!("the log cannot be started: {e}")))
+}
+
+/// SIGINT and SIGTERM.
+struct Signals {
+    #[cfg(unix)]
+    interrupt: tokio::signal::unix::Signal,
+    #[cfg(unix)]
+    terminate: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    #[cfg(unix)]
+    fn new() -> Result<Self, Failure> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let listen = |kind| {
+            signal(kind).map_err(|e| Failure::new(format!("signals cannot be received: {e}")))
+        };
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+        })
+    }
+
+    #[cfg(unix)]
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn new() -> Result<Self, Failure> {
+        Ok(Self {})
+    }
+
+    #[cfg(not(unix))]
+    async fn next(&mut self) {
+        if tokio::signal::ctrl_c().await.is_err() {
+            // Without signals only a kill ends the process.
+            std::future::pending::<()>().await;
+        }
+    }
+}
