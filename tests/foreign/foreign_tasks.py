@@ -113,8 +113,10 @@ def ack(hub, tokens):
 
 
 def check(report, hub, url, count, seed, run):
-    sent = publish(url, count, seed, run)
-    pairs, nacked, again, dead = [], [], [], []
+    pairs, nacked, again, dead, sent = [], [], [], [], []
+    with report.check("foreign tasks: pika publishes them, confirmed") as c:
+        sent = publish(url, count, seed, run)
+        c.detail = str(len(sent))
     with report.check("foreign tasks: the hub leases each exactly once") as c:
         numbers, until = {}, time.monotonic() + WITHIN
         while len(pairs) < count and time.monotonic() < until:

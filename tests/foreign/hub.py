@@ -114,12 +114,13 @@ class Hub:
         return Stream(connection, answer)
 
     def wait_connected(self, types, within=60.0):
-        """Until these brokers are connected and every route is primary."""
+        """Until these brokers are connected, every route is primary and no spool
+        holds anything."""
         until = time.monotonic() + within
         while True:
             status, state = self.call("GET", "/v1/state")
             connected = {b["type"] for b in state["brokers"] if b["connected"]}
-            waiting = [r["pattern"] for r in state["routes"] if r["state"] != "primary"]
+            waiting = [r["pattern"] for r in state["routes"] if r["state"] != "primary" or r["spool"]["messages"]]
             if set(types) <= connected and not waiting:
                 return state
             if time.monotonic() > until:
