@@ -8,5 +8,8 @@ mod support;
 #[path = "kafka/common.rs"]
 mod common;
 
+#[path = "kafka/consuming.rs"]
+mod consuming;
+
 #[path = "kafka/publishing.rs"]
 mod publishing;

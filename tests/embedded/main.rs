@@ -1,5 +1,6 @@
 //! The embedded broker through its public interface.
 
+mod handlers;
 mod queues;
 mod streams;
 

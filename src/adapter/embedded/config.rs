@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    broker::direct::DEFAULT_MAX_MESSAGE_BYTES,
     error::{Error, ErrorCode, Result},
     topic::Pattern,
 };
@@ -33,6 +34,9 @@ pub struct EmbeddedConfig {
     /// Bytes that one partition keeps, the oldest go first: Kafka's
     /// `retention.bytes` for topics that do not set it. Default none.
     pub retention_bytes: Option<u64>,
+    /// Largest payload of a direct publish, in bytes. Default 16 MiB. Lanes take
+    /// what their owner has checked.
+    pub max_message_bytes: usize,
 }
 
 impl Default for EmbeddedConfig {
@@ -48,6 +52,7 @@ impl Default for EmbeddedConfig {
             max_messages: 1_000_000,
             max_stream_bytes: 256 * 1024 * 1024,
             retention_bytes: None,
+            max_message_bytes: DEFAULT_MAX_MESSAGE_BYTES,
         }
     }
 }
@@ -75,6 +80,9 @@ impl EmbeddedConfig {
         }
         if self.max_stream_bytes == 0 {
             return wrong("max_stream_bytes");
+        }
+        if self.max_message_bytes == 0 {
+            return wrong("max_message_bytes");
         }
         Ok(())
     }

@@ -35,8 +35,8 @@ pub(super) fn consume_queues(
     let prefetch = prefetch(options);
     let pattern = canonical(shared, pattern)?;
     let id = shared.step(|state, now| {
-        if let Some(topic) = pattern.literal() {
-            if state.queue_id(&topic).is_none() {
+        if let Some(topic) = pattern.literal()
+            && state.queue_id(&topic).is_none() {
                 if !state.config.auto_declare {
                     state.known_queue(&topic)?;
                 }
@@ -46,7 +46,6 @@ pub(super) fn consume_queues(
                     .map_or(arguments, |q| q.options.clone());
                 state.declare_queue(now, &topic, &options)?;
             }
-        }
         let consumer = QueueConsumer {
             exclusive: options.exclusive,
             auto_ack: options.auto_ack,

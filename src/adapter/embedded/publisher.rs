@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
 use super::{
     group::StreamId,
     routing,
@@ -14,7 +16,7 @@ use crate::{
         Receipt, Submission, lane::LanePort,
     },
     error::{Error, ErrorCode, Result},
-    message::{Message, Timestamp, wire::Marks},
+    message::{Message, MessageId, Timestamp, wire::Marks},
     topic::Topic,
 };
 
@@ -66,34 +68,37 @@ pub(super) fn publish_batch(
     if let Err(error) = shared.usable() {
         return messages.iter().map(|_| Err(error.clone())).collect();
     }
+    let began = Instant::now();
     let way = Way {
         mandatory: options.mandatory,
         address: address(shared, topic, options),
     };
-    let messages: Vec<Arc<Message>> = messages
+    let ids: Vec<MessageId> = messages.iter().map(|m| m.id.clone()).collect();
+    let prepared: Vec<Result<Arc<Message>>> = messages
         .into_iter()
-        .map(|m| with_defaults(m, options))
+        .map(|m| prepare(shared, topic, m, options))
         .collect();
-    let bytes: usize = messages.iter().map(|m| m.payload.len()).sum();
-    let n = messages.len() as u64;
-    let fates = shared.step(|state, now| {
+    let bytes: usize = prepared.iter().flatten().map(|m| m.payload.len()).sum();
+    let order = OrderKey::Publisher(0);
+    let fates: Vec<Fate> = shared.step(|state, now| {
         let target = state.resolve(now, topic, &way);
         let marks = state.no_marks.clone();
-        let order = OrderKey::Publisher(0);
-        let fates = messages
+        let fates = prepared
             .iter()
-            .map(|m| state.accept(now, &target, m, &marks, &order))
-            .collect::<Vec<_>>();
+            .map(|message| match message {
+                Ok(message) => state.accept(now, &target, message, &marks, &order),
+                Err(error) => Fate::Refused(error.clone()),
+            })
+            .collect();
         state.pump_target(now, &target);
         fates
     });
-    count(shared, n, bytes as u64, &fates);
-    messages
-        .iter()
+    count(shared, bytes as u64, &fates, began);
+    ids.into_iter()
         .zip(fates)
-        .map(|(message, fate)| match fate {
+        .map(|(id, fate)| match fate {
             Fate::Confirmed(position) => Ok(Receipt {
-                id: message.id.clone(),
+                id,
                 outcome: if options.confirm {
                     Outcome::Delivered {
                         via: BrokerType::InMemory,
@@ -106,7 +111,7 @@ pub(super) fn publish_batch(
                 },
             }),
             Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => {
-                Err(e.with_id(message.id.as_str()))
+                Err(e.with_id(id.as_str()))
             }
         })
         .collect()
@@ -123,7 +128,7 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
         while let Ok(more) = port.submissions.try_recv() {
             batch.extend(more);
         }
-        let n = batch.len() as u64;
+        let began = Instant::now();
         let bytes: usize = batch.iter().map(|s| s.message.payload.len()).sum();
         let mut tokens = Vec::with_capacity(batch.len());
         let fates = shared.step(|state, now| {
@@ -146,7 +151,7 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
             state.pump_target(now, &target);
             fates
         });
-        count(shared, n, bytes as u64, &fates);
+        count(shared, bytes as u64, &fates, began);
         for (token, fate) in tokens.into_iter().zip(fates) {
             // With a submitter that keeps to its window there always is room;
             // a submitter that is gone does not want the answer.
@@ -317,26 +322,52 @@ fn address(shared: &Shared, topic: &Topic, options: &PublishOptions) -> Option<(
     ))
 }
 
-/// The message with what the options give to messages that lack it.
-fn with_defaults(mut message: Arc<Message>, options: &PublishOptions) -> Arc<Message> {
-    if message.content_type.is_none() && !options.content_type.is_empty() {
-        Arc::make_mut(&mut message).content_type = Some(options.content_type.clone());
+/// The message as it is kept: with what the options give to messages that lack
+/// it, and checked.
+///
+/// # Errors
+/// `MESSAGE_INVALID`, `MESSAGE_TOO_LARGE`.
+fn prepare(
+    shared: &Shared,
+    topic: &Topic,
+    mut message: Arc<Message>,
+    options: &PublishOptions,
+) -> Result<Arc<Message>> {
+    if let Some(other) = message.topic.as_deref().filter(|t| *t != topic.as_str()) {
+        return Err(Error::rejected(
+            ErrorCode::MessageInvalid,
+            format!("the message names the topic {other:?} but is published to {topic:?}"),
+        )
+        .at(BrokerType::InMemory)
+        .on(topic.as_str()));
     }
-    if message.content_encoding.is_none() && options.content_encoding.is_some() {
-        Arc::make_mut(&mut message)
-            .content_encoding
-            .clone_from(&options.content_encoding);
-    }
-    if message.key.is_none() && options.key.is_some() {
-        Arc::make_mut(&mut message).key.clone_from(&options.key);
-    }
-    if options.partition.is_some() && message.partition != options.partition {
-        Arc::make_mut(&mut message).partition = options.partition;
+    let fills = message.content_type.is_none()
+        || (message.content_encoding.is_none() && options.content_encoding.is_some())
+        || (message.key.is_none() && options.key.is_some())
+        || (message.partition.is_none() && options.partition.is_some());
+    if fills {
+        let message = Arc::make_mut(&mut message);
+        message
+            .content_type
+            .get_or_insert_with(|| options.content_type.clone());
+        if message.content_encoding.is_none() {
+            message
+                .content_encoding
+                .clone_from(&options.content_encoding);
+        }
+        if message.key.is_none() {
+            message.key.clone_from(&options.key);
+        }
+        message.partition = message.partition.or(options.partition);
     }
     message
+        .validate(shared.config.max_message_bytes)
+        .map_err(|e| e.at(BrokerType::InMemory).on(topic.as_str()))?;
+    Ok(message)
 }
 
-fn count(shared: &Shared, messages: u64, bytes: u64, fates: &[Fate]) {
+fn count(shared: &Shared, bytes: u64, fates: &[Fate], began: Instant) {
+    let messages = fates.len() as u64;
     let good = fates
         .iter()
         .filter(|f| matches!(f, Fate::Confirmed(_)))
@@ -347,6 +378,9 @@ fn count(shared: &Shared, messages: u64, bytes: u64, fates: &[Fate]) {
     recorder.batches_published.inc();
     recorder.publish_successes.add(good);
     recorder.publish_confirmations.add(good);
+    if good > 0 {
+        recorder.publish_latency.record_n(began.elapsed(), good);
+    }
     let bad = messages - good;
     if bad > 0 {
         recorder.publish_failures.add(bad);

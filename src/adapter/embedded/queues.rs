@@ -57,8 +57,8 @@ impl State {
                 .at(BrokerType::InMemory)
                 .on(name.as_str())
         };
-        if let Some(id) = self.queue_names.get(&name).copied() {
-            if let Some(queue) = self.queues.get_mut(&id) {
+        if let Some(id) = self.queue_names.get(&name).copied()
+            && let Some(queue) = self.queues.get_mut(&id) {
                 if let Some((argument, is, wanted)) = differences(queue.core.options(), options)
                     .into_iter()
                     .next()
@@ -70,7 +70,6 @@ impl State {
                 queue.core.touch(now);
                 return Ok(id);
             }
-        }
         if self.stream_names.contains_key(&name) {
             return Err(failed(
                 "a stream has this name; a topic is either a queue or a stream".to_owned(),

@@ -31,13 +31,12 @@ impl State {
         let matching: Vec<StreamId> = self.matching(&reader.pattern);
         if let Some(name) = &reader.group {
             let group = self.groups.get(name);
-            if let Some(instance) = &reader.instance {
-                if group.is_some_and(|g| g.has_instance(instance)) {
+            if let Some(instance) = &reader.instance
+                && group.is_some_and(|g| g.has_instance(instance)) {
                     return refuse(format!(
                         "the group {name:?} has a live member with the instance id {instance:?}"
                     ));
                 }
-            }
             let starts_nowhere =
                 reader.reset == OffsetReset::None && reader.start == StartFrom::Latest;
             if starts_nowhere {
@@ -353,8 +352,8 @@ impl State {
         let resume = resume(reader, log);
         if let Some(cursor) = &mut cursor {
             cursor.truncate(log.low(), resume);
-        } else if let Some(position) = reader.positions.get_mut(&key) {
-            if *position < log.low() {
+        } else if let Some(position) = reader.positions.get_mut(&key)
+            && *position < log.low() {
                 tracing::warn!(
                     stream = %stream.name,
                     partition = key.1,
@@ -362,7 +361,6 @@ impl State {
                 );
                 *position = resume;
             }
-        }
         let mut left = most;
         while left > 0 && !batch.full {
             let (offset, again) = if let Some(cursor) = &mut cursor {
@@ -577,11 +575,10 @@ impl State {
                 else {
                     continue;
                 };
-                if cursor.committed().is_none() {
-                    if let Some(log) = stream.core.partition(key.1) {
+                if cursor.committed().is_none()
+                    && let Some(log) = stream.core.partition(key.1) {
                         cursor.start(start(reader, &stream.name, key.1, log));
                     }
-                }
             }
         }
         let _ = now;
@@ -620,12 +617,11 @@ impl State {
     }
 
     fn wake_reader(&mut self, id: ConsumerId) {
-        if let Some(reader) = self.readers.get_mut(&id) {
-            if !reader.woken {
+        if let Some(reader) = self.readers.get_mut(&id)
+            && !reader.woken {
                 reader.woken = true;
                 self.wakes.push(reader.notify.clone());
             }
-        }
     }
 
     fn wake_group(&mut self, name: &str) {

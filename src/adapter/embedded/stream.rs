@@ -306,13 +306,12 @@ impl Partition {
             let Some((message, _)) = &record.content else {
                 continue;
             };
-            if let Some(key) = &message.key {
-                if !seen.insert(key.clone()) {
+            if let Some(key) = &message.key
+                && !seen.insert(key.clone()) {
                     record.content = None;
                     freed += record.bytes;
                     record.bytes = 0;
                 }
-            }
         }
         self.bytes -= freed;
         self.compacted = self.high();

@@ -54,8 +54,8 @@ impl State {
                 .on(name.as_str())
         };
         if let Some(id) = self.stream_names.get(&name).copied() {
-            if let Some(stream) = self.streams.get(&id) {
-                if let Some((setting, is, wanted)) = differences(stream.core.options(), options)
+            if let Some(stream) = self.streams.get(&id)
+                && let Some((setting, is, wanted)) = differences(stream.core.options(), options)
                     .into_iter()
                     .next()
                 {
@@ -63,7 +63,6 @@ impl State {
                         "the stream exists with {setting} = {is}, not {wanted}; delete it first or create it as it is"
                     )));
                 }
-            }
             return Ok(id);
         }
         if self.queue_id(&name).is_some() {

@@ -118,9 +118,9 @@ async fn stand(shared: &Shared, link: Arc<Link>, mut watchers: JoinSet<Option<St
             s.connected = false;
             s.reason = Some(reason.into());
         });
-        // The twin may stand yet; a server that was paused must not find two
-        // generations of us when it goes on.
-        link.hang_up().await;
+        // The twin may stand yet. It is closed on the side: a server that does
+        // not answer must not delay the next attempt.
+        shared.tasks.spawn(async move { link.hang_up().await });
     }
 }
 

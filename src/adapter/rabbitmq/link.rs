@@ -89,13 +89,14 @@ impl Link {
 
     /// Closes both connections in good order, as far as the server answers.
     pub(super) async fn hang_up(&self) {
-        for connection in [&self.consuming, &self.publishing] {
+        let close = async |connection: &Connection| {
             if connection.status().connected() {
                 // A server that does not answer is left alone; the socket
                 // closes with the connection's last handle.
                 let _ = timeout(HANG_UP, connection.close(200, "OK".into())).await;
             }
-        }
+        };
+        tokio::join!(close(&self.consuming), close(&self.publishing));
     }
 }
 

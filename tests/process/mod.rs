@@ -1,0 +1,122 @@
+//! Runs the real binary and talks to it.
+#![allow(dead_code)]
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+/// How long anything may take before a test fails.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running hub, killed when dropped.
+pub struct Hub {
+    child: Child,
+    pub url: String,
+    pub report: String,
+}
+
+/// The binary with nothing of this process's environment that it would read.
+pub fn binary() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_messaging-hub"));
+    command.env_clear();
+    command
+}
+
+/// Runs the binary to its end.
+pub fn run(arguments: &[&str]) -> Output {
+    binary()
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+impl Hub {
+    pub fn start() -> Self {
+        Self::start_with(&[], &[])
+    }
+
+    pub fn start_with(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        let mut child = binary()
+            .args(["serve", "--http", "127.0.0.1:0"])
+            .args(arguments)
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut report = String::new();
+        let url = loop {
+            let mut line = String::new();
+            if out.read_line(&mut line).unwrap() == 0 {
+                let mut why = String::new();
+                let _ = child.stderr.take().unwrap().read_to_string(&mut why);
+                panic!("the hub did not start: {why}");
+            }
+            if let Some(url) = line.trim().strip_prefix("listening ") {
+                break url.to_owned();
+            }
+            report.push_str(&line);
+        };
+        Self { child, url, report }
+    }
+
+    pub fn at(&self, path: &str) -> String {
+        format!("{}{path}", self.url)
+    }
+
+    pub fn address(&self) -> &str {
+        self.url.strip_prefix("http://").unwrap()
+    }
+
+    /// Runs another command of the binary against this hub.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = binary();
+        command.args(arguments).env("MESSAGING_URL", &self.url);
+        command
+    }
+
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    /// Sends SIGTERM or the like.
+    pub fn signal(&self, name: &str) {
+        let done = Command::new("kill")
+            .args(["-s", name, &self.child.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(done.success());
+    }
+
+    /// Waits for the end; stderr with it.
+    pub fn ended(&mut self) -> (ExitStatus, String) {
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the hub did not end");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        let mut err = String::new();
+        if let Some(mut from) = self.child.stderr.take() {
+            let _ = from.read_to_string(&mut err);
+        }
+        (status, err)
+    }
+}
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
