@@ -11,5 +11,8 @@ mod common;
 #[path = "kafka/consuming.rs"]
 mod consuming;
 
+#[path = "kafka/faults.rs"]
+mod faults;
+
 #[path = "kafka/publishing.rs"]
 mod publishing;

@@ -54,6 +54,8 @@ impl Reader {
                 ConsumerState::Failed(why.into())
             }
         };
+        // A failure stops the other half too, which closes the reader's channel.
+        self.stopping.cancel();
         self.drain();
         self.leave();
         let report = self.report.clone();
