@@ -668,3 +668,76 @@ async fn many_publishers_and_consumers_lose_and_repeat_nothing() {
         consumer.await.unwrap();
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_brokers_own_bound_is_overload_and_dead_letters_still_find_room() {
+    let config = EmbeddedConfig {
+        max_bytes: 4096,
+        ..EmbeddedConfig::default()
+    };
+    let broker = broker_with(config, Topology::default()).await;
+    let to = topic("tasks.bytes");
+    let mut taken = 0;
+    let full = loop {
+        let outcome = broker
+            .publish(&to, message("x"), &PublishOptions::default())
+            .await;
+        match outcome {
+            Ok(_) => taken += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(taken > 0 && full.is_retryable() && !full.is_refusal());
+    for _ in 0..taken {
+        let delivery = broker
+            .dequeue_task(&to, "w", Duration::ZERO)
+            .await
+            .unwrap()
+            .unwrap();
+        broker.reject_task(delivery).await.unwrap();
+    }
+    assert_eq!(broker.queue_depth(&to).await.unwrap(), 0);
+    let dlq = topic("helixagent.dlq");
+    assert_eq!(broker.queue_depth(&dlq).await.unwrap(), taken);
+    assert_eq!(broker.purge_queue(&dlq).await.unwrap(), taken);
+    publish(&broker, "tasks.bytes", &["room again"]).await;
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_of_a_closed_broker_answers_unsent_or_ends() {
+    let broker = broker().await;
+    let to = topic("tasks.lane.close");
+    let mut lane = broker
+        .open_lane(&to, 0, &LaneOptions::default())
+        .await
+        .unwrap();
+    broker.close().await.unwrap();
+    assert!(lane.submissions.send(Vec::new()).await.is_err());
+    assert!(lane.confirmations.recv().await.is_none());
+    let again = broker.open_lane(&to, 0, &LaneOptions::default()).await;
+    assert_eq!(again.unwrap_err().code(), ErrorCode::OperationCanceled);
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_auto_ack_a_message_is_done_when_it_is_handed_out() {
+    let broker = broker().await;
+    let options = SubscribeOptions {
+        auto_ack: true,
+        ..SubscribeOptions::default().with_prefetch(2)
+    };
+    let mut consumer = broker
+        .consume(&queue("tasks.auto"), &options)
+        .await
+        .unwrap();
+    publish(&broker, "tasks.auto", &["a", "b", "c", "d", "e"]).await;
+    let got = take(&mut consumer, 5).await;
+    assert_eq!(
+        got.iter().map(body).collect::<Vec<_>>(),
+        ["a", "b", "c", "d", "e"]
+    );
+    drop(got);
+    let stats = broker.queue_stats(&topic("tasks.auto")).await.unwrap();
+    assert_eq!((stats.messages, stats.message_bytes), (0, Some(0)));
+    broker.close().await.unwrap();
+}

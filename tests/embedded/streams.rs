@@ -487,3 +487,90 @@ async fn a_fetch_waits_for_min_bytes_but_no_longer_than_max_wait() {
     assert!(before.elapsed() >= Duration::from_secs(29));
     broker.close().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn members_that_come_and_go_under_load_lose_nothing_and_finish_nothing_twice() {
+    const MESSAGES: usize = 2000;
+    let broker = broker().await;
+    broker
+        .create_topic(
+            &topic("events.load"),
+            &TopicOptions {
+                partitions: 8,
+                ..TopicOptions::default()
+            },
+        )
+        .await
+        .unwrap();
+    let (done, mut all) = tokio::sync::mpsc::unbounded_channel();
+    let member = |settles: usize| {
+        let (broker, done) = (broker.clone(), done.clone());
+        tokio::spawn(async move {
+            let mut consumer = broker
+                .consume(&stream("events.load"), &SubscribeOptions::group("g"))
+                .await
+                .unwrap();
+            let mut left = settles;
+            while let Some(batch) = consumer.deliveries.recv().await {
+                for delivery in batch {
+                    if left == 0 {
+                        // Dropped unsettled: somebody else finishes it.
+                        continue;
+                    }
+                    left -= 1;
+                    let text = body(&delivery);
+                    delivery.ack().await.unwrap();
+                    done.send(text).unwrap();
+                }
+                if left == 0 {
+                    consumer.control.begin_stop();
+                }
+            }
+            consumer.control.stop().await;
+        })
+    };
+    let publisher = tokio::spawn({
+        let broker = broker.clone();
+        async move {
+            for chunk in 0..MESSAGES / 20 {
+                let messages = (0..20)
+                    .map(|i| {
+                        let n = chunk * 20 + i;
+                        Arc::new(message(&n.to_string()).with_key(format!("k{}", n % 64)))
+                    })
+                    .collect();
+                for outcome in broker
+                    .publish_batch(&topic("events.load"), messages, &PublishOptions::default())
+                    .await
+                {
+                    outcome.unwrap();
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    for settles in [10, 50, 100, 20, 200, 30] {
+        let (one, two) = (member(settles), member(settles));
+        one.await.unwrap();
+        two.await.unwrap();
+    }
+    let last = member(usize::MAX);
+    publisher.await.unwrap();
+    let mut finished = BTreeSet::new();
+    while finished.len() < MESSAGES {
+        let text = tokio::time::timeout(Duration::from_secs(20), all.recv())
+            .await
+            .expect("some messages never came")
+            .unwrap();
+        assert!(finished.insert(text), "a message was finished twice");
+    }
+    for p in 0..8 {
+        let metadata = broker.topic_metadata(&topic("events.load")).await.unwrap();
+        assert_eq!(
+            broker.offset("g", &topic("events.load"), p).await.unwrap(),
+            Some(metadata.partitions[p as usize].high_watermark)
+        );
+    }
+    broker.close().await.unwrap();
+    last.await.unwrap();
+}

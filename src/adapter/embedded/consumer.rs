@@ -10,7 +10,8 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    queue::ConsumerId, queues::options_from, reader::Reader, shared::Shared, state::QueueConsumer,
+    arguments::options_from, queue::ConsumerId, reader::Reader, shared::Shared,
+    state::QueueConsumer,
 };
 use crate::{
     broker::{
@@ -36,16 +37,17 @@ pub(super) fn consume_queues(
     let pattern = canonical(shared, pattern)?;
     let id = shared.step(|state, now| {
         if let Some(topic) = pattern.literal()
-            && state.queue_id(&topic).is_none() {
-                if !state.config.auto_declare {
-                    state.known_queue(&topic)?;
-                }
-                let options = state
-                    .topology
-                    .queue(&topic)
-                    .map_or(arguments, |q| q.options.clone());
-                state.declare_queue(now, &topic, &options)?;
+            && state.queue_id(&topic).is_none()
+        {
+            if !state.config.auto_declare {
+                state.known_queue(&topic)?;
             }
+            let options = state
+                .topology
+                .queue(&topic)
+                .map_or(arguments, |q| q.options.clone());
+            state.declare_queue(now, &topic, &options)?;
+        }
         let consumer = QueueConsumer {
             exclusive: options.exclusive,
             auto_ack: options.auto_ack,
@@ -85,15 +87,15 @@ pub(super) fn consume_streams(
     let capacity = options.buffer_size.clamp(1, STREAM_BATCHES);
     let notify = Arc::new(Notify::new());
     let reader = Reader::new(pattern.clone(), options, capacity, notify.clone());
-    let id = shared.step(|state, now| {
+    let id = shared.step(|state, _| {
         if let Some(topic) = pattern.literal() {
             if state.config.auto_declare {
-                state.ensure_stream(now, &topic)?;
+                state.ensure_stream(&topic)?;
             } else {
                 state.known_stream(&topic)?;
             }
         }
-        state.add_reader(now, reader)
+        state.add_reader(reader)
     })?;
     Ok(start(
         shared,
@@ -134,7 +136,7 @@ impl Port {
             Self::Queue(id) => {
                 shared.step(|state, now| state.detach_consumer(now, id));
             }
-            Self::Stream(id) => shared.step(|state, now| state.detach_reader(now, id)),
+            Self::Stream(id) => shared.step(|state, _| state.detach_reader(id)),
         }
     }
 
@@ -148,7 +150,7 @@ impl Port {
     fn remove(self, shared: &Shared) {
         match self {
             Self::Queue(id) => shared.step(|state, now| state.remove_consumer(now, id)),
-            Self::Stream(id) => shared.step(|state, now| state.remove_reader(now, id)),
+            Self::Stream(id) => shared.step(|state, _| state.remove_reader(id)),
         }
     }
 }

@@ -14,7 +14,7 @@ impl EventStreamBroker for EmbeddedBroker {
     async fn create_topic(&self, topic: &Topic, options: &TopicOptions) -> Result<()> {
         self.shared.usable()?;
         self.shared
-            .step(|state, now| state.create_stream(now, topic, options).map(drop))
+            .step(|state, _| state.create_stream(topic, options).map(drop))
     }
 
     async fn delete_topic(&self, topic: &Topic) -> Result<()> {

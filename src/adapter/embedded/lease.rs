@@ -64,10 +64,11 @@ pub(super) async fn take_one(
         return Ok(None);
     };
     if received.message.task.is_some()
-        && let Some(task) = &mut Arc::make_mut(&mut received.message).task {
-            task.worker_id = Some(worker_id.to_owned());
-            task.started_at = Some(shared.now());
-        }
+        && let Some(task) = &mut Arc::make_mut(&mut received.message).task
+    {
+        task.worker_id = Some(worker_id.to_owned());
+        task.started_at = Some(shared.now());
+    }
     let (settle, settlements) = mpsc::unbounded_channel();
     shared.recorder.messages_received.inc();
     shared.recorder.messages_consumed.inc();

@@ -19,12 +19,17 @@
 //! consumer), commit interval (positions are committed as verdicts come),
 //! replication, linger and batch size (a batch is taken as it comes).
 
+mod arguments;
 mod clock;
 mod config;
 mod consumer;
 mod event_stream;
+mod graves;
 mod group;
+mod handing;
 mod lease;
+mod membership;
+mod positions;
 mod publisher;
 mod queue;
 mod queues;

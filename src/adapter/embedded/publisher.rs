@@ -153,14 +153,7 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
         });
         count(shared, bytes as u64, &fates, began);
         for (token, fate) in tokens.into_iter().zip(fates) {
-            // With a submitter that keeps to its window there always is room;
-            // a submitter that is gone does not want the answer.
-            if port
-                .confirmations
-                .send(Confirmation { token, fate })
-                .await
-                .is_err()
-            {
+            if !answer(shared, &port, Confirmation { token, fate }).await {
                 return;
             }
         }
@@ -169,14 +162,25 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
     port.submissions.close();
     while let Some(batch) = port.submissions.recv().await {
         for submission in batch {
-            let answer = Confirmation {
+            let confirmation = Confirmation {
                 token: submission.token,
                 fate: Fate::Unsent(super::shared::canceled()),
             };
-            if port.confirmations.send(answer).await.is_err() {
+            if !answer(shared, &port, confirmation).await {
                 return;
             }
         }
+    }
+}
+
+/// Answers one submission; false when nobody wants answers any more. With a
+/// submitter that keeps to its window there always is room; one that does not
+/// must not hold up the broker's close.
+async fn answer(shared: &Shared, port: &LanePort, confirmation: Confirmation) -> bool {
+    tokio::select! {
+        biased;
+        sent = port.confirmations.send(confirmation) => sent.is_ok(),
+        () = shared.closed.cancelled() => false,
     }
 }
 
@@ -240,7 +244,7 @@ impl State {
             let id = self.declare_queue(now, topic, &options)?;
             return Ok(Target::Queues(vec![id], None));
         }
-        self.ensure_stream(now, topic).map(Target::Stream)
+        self.ensure_stream(topic).map(Target::Stream)
     }
 
     /// Takes one message.

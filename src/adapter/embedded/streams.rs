@@ -41,12 +41,7 @@ impl State {
     ///
     /// # Errors
     /// `TOPIC_CREATE_FAILED` that names what differs.
-    pub(super) fn create_stream(
-        &mut self,
-        now: Timestamp,
-        name: &str,
-        options: &TopicOptions,
-    ) -> Result<StreamId> {
+    pub(super) fn create_stream(&mut self, name: &str, options: &TopicOptions) -> Result<StreamId> {
         let name = Topic::new(name)?;
         let failed = |e: &str| {
             Error::rejected(ErrorCode::TopicCreateFailed, e)
@@ -58,11 +53,11 @@ impl State {
                 && let Some((setting, is, wanted)) = differences(stream.core.options(), options)
                     .into_iter()
                     .next()
-                {
-                    return Err(failed(&format!(
-                        "the stream exists with {setting} = {is}, not {wanted}; delete it first or create it as it is"
-                    )));
-                }
+            {
+                return Err(failed(&format!(
+                    "the stream exists with {setting} = {is}, not {wanted}; delete it first or create it as it is"
+                )));
+            }
             return Ok(id);
         }
         if self.queue_id(&name).is_some() {
@@ -82,7 +77,7 @@ impl State {
         );
         self.stream_names.insert(name, id);
         self.recorder.topics_created.inc();
-        self.cover_new_stream(now, id);
+        self.cover_new_stream(id);
         Ok(id)
     }
 
@@ -101,12 +96,12 @@ impl State {
     ///
     /// # Errors
     /// As [`State::create_stream`].
-    pub(super) fn ensure_stream(&mut self, now: Timestamp, name: &str) -> Result<StreamId> {
+    pub(super) fn ensure_stream(&mut self, name: &str) -> Result<StreamId> {
         if let Some(id) = self.stream_names.get(name) {
             return Ok(*id);
         }
         let options = self.default_topic_options(name);
-        self.create_stream(now, name, &options)
+        self.create_stream(name, &options)
     }
 
     /// Deletes a stream with everything in it.
@@ -282,12 +277,7 @@ impl State {
     }
 
     /// The streams of the topology against what exists.
-    pub(super) fn check_streams(
-        &mut self,
-        now: Timestamp,
-        apply: bool,
-        report: &mut TopologyReport,
-    ) -> Result<()> {
+    pub(super) fn check_streams(&mut self, apply: bool, report: &mut TopologyReport) -> Result<()> {
         let topology = self.topology.clone();
         for spec in &topology.topics {
             let object = format!("topic {}", spec.name);
@@ -313,7 +303,7 @@ impl State {
                         }));
                 }
                 None if apply => {
-                    self.create_stream(now, &spec.name, &spec.options)?;
+                    self.create_stream(&spec.name, &spec.options)?;
                     report.created.push(object);
                 }
                 None => report.missing.push(object),

@@ -1,6 +1,6 @@
 //! The wanted topology against what exists.
 
-use super::{queues::differences, state::State};
+use super::{arguments::differences, state::State};
 use crate::{
     broker::{BrokerType, Source},
     error::Result,
@@ -50,7 +50,7 @@ impl State {
                 None => report.missing.push(object),
             }
         }
-        self.check_streams(now, apply, &mut report)?;
+        self.check_streams(apply, &mut report)?;
         Ok(report)
     }
 
@@ -75,7 +75,7 @@ impl State {
                 }
                 Ok(())
             }
-            Source::Stream(_) => self.ensure_stream(now, &topic).map(drop),
+            Source::Stream(_) => self.ensure_stream(&topic).map(drop),
         }
     }
 }

@@ -1,0 +1,170 @@
+//! The broker's state, as far as it concerns the dead letters of queues: where
+//! they go and how they lie there. They are never refused for want of room in
+//! a queue, because they are here already.
+
+use std::sync::Arc;
+
+use super::{
+    queue::{Dead, EXPIRED, Entry},
+    queues::{cost, entry_for},
+    routing,
+    state::{QueueId, State},
+};
+use crate::{
+    error::Result,
+    message::{Message, MessageState, Timestamp, wire::Failure},
+    topic::Topic,
+};
+
+impl State {
+    /// Moves a message to the dead letters of `from`.
+    pub(super) fn move_dead(
+        &mut self,
+        now: Timestamp,
+        from: QueueId,
+        entry: Entry,
+        failure: &Failure,
+    ) {
+        let entry = dead_letter(entry, failure.clone());
+        // A reader asked for this, so it is kept even where the dead letters of
+        // a queue are that queue itself.
+        self.bury_entry(now, from, entry, true, 0);
+    }
+
+    /// Puts a message among the dead letters of a queue.
+    pub(super) fn dead_letter_message(
+        &mut self,
+        now: Timestamp,
+        from: &str,
+        message: &Arc<Message>,
+        failure: &Failure,
+    ) -> Result<()> {
+        let from_id = self.queue_id(from);
+        let name = Topic::new(self.topology.canonical(from))?;
+        self.check_room(cost(message))?;
+        let entry = entry_for(&name, message, &self.no_marks.clone(), None);
+        let entry = dead_letter(entry, failure.clone());
+        self.bury_entry(now, from_id.unwrap_or(0), entry, true, 0);
+        Ok(())
+    }
+
+    pub(super) fn bury(&mut self, now: Timestamp, from: QueueId, dead: Vec<Dead>) {
+        for Dead { entry, reason } in dead {
+            let topic = entry.message.topic.clone().unwrap_or_default();
+            let details = if reason == EXPIRED {
+                "the message expired before it was handled"
+            } else {
+                "the queue was full"
+            };
+            let mut failure = Failure::now(reason, details, &topic, entry.marks.failure.as_ref());
+            failure.last = now;
+            let entry = dead_letter(entry, failure);
+            self.bury_entry(now, from, entry, false, 0);
+        }
+    }
+
+    fn bury_entry(
+        &mut self,
+        now: Timestamp,
+        from: QueueId,
+        entry: Entry,
+        keep_in_place: bool,
+        hops: u8,
+    ) {
+        self.recorder.messages_dead_lettered.inc();
+        let targets = self.graves(now, from, &entry);
+        for target in targets {
+            // What dies by itself in the queue of its own dead letters, or goes
+            // round between full queues, ends here, as it does in RabbitMQ.
+            if (target == from && !keep_in_place) || hops >= MAX_HOPS {
+                tracing::warn!(
+                    id = %entry.message.id,
+                    "a dead letter that expired, or found no room, is dropped"
+                );
+                continue;
+            }
+            let Some(queue) = self.queues.get_mut(&target) else {
+                continue;
+            };
+            let mut entry = entry.clone();
+            Arc::make_mut(&mut entry.message).topic = Some(queue.name.as_str().to_owned());
+            entry.deliveries = 0;
+            let before = queue.core.bytes();
+            let mut dead = Vec::new();
+            queue.core.append(now, entry, &mut dead);
+            let due = queue.core.next_due();
+            self.bytes = self.bytes + queue.core.bytes() - before;
+            self.arm(due);
+            for Dead { entry, reason } in dead {
+                let topic = entry.message.topic.clone().unwrap_or_default();
+                let failure = Failure::now(
+                    reason,
+                    "the queue was full",
+                    &topic,
+                    entry.marks.failure.as_ref(),
+                );
+                let entry = dead_letter(entry, failure);
+                self.bury_entry(now, target, entry, false, hops + 1);
+            }
+            self.pump(now, target);
+        }
+    }
+
+    /// The queues that the dead letters of `from` go to: by its dead-letter
+    /// exchange, else, or when that leads nowhere, the topology's queue.
+    fn graves(&mut self, now: Timestamp, from: QueueId, entry: &Entry) -> Vec<QueueId> {
+        let by_exchange = self.queues.get(&from).and_then(|queue| {
+            let options = queue.core.options();
+            let exchange = options.dead_letter_exchange.as_deref()?;
+            let key = options
+                .dead_letter_routing_key
+                .as_deref()
+                .or(entry.routing_key.as_deref())
+                .unwrap_or(queue.name.as_str());
+            routing::route(&self.topology, exchange, key).ok()
+        });
+        let found: Vec<QueueId> = by_exchange
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|name| self.queue_names.get(name.as_str()).copied())
+            .collect();
+        if !found.is_empty() {
+            return found;
+        }
+        let name = self.topology.dead_letter_queue().to_owned();
+        if let Some(id) = self.queue_id(&name) {
+            return vec![id];
+        }
+        let options = self
+            .topology
+            .queue(&name)
+            .map(|q| q.options.clone())
+            .unwrap_or_default();
+        match self.declare_queue(now, &name, &options) {
+            Ok(id) => vec![id],
+            Err(error) => {
+                tracing::error!(%error, "there is no queue for dead letters; a message is dropped");
+                Vec::new()
+            }
+        }
+    }
+}
+
+/// The message as it lies among the dead letters. Its expiration is taken off,
+/// as AMQP does, or it would be dead there at once; a rest that it asked for is
+/// over.
+fn dead_letter(mut entry: Entry, failure: Failure) -> Entry {
+    let message = Arc::make_mut(&mut entry.message);
+    message.state = MessageState::DeadLettered;
+    message.error = Some(failure.details.clone());
+    message.expiration = None;
+    message.redelivered = false;
+    if let Some(task) = &mut message.task {
+        task.scheduled_at = None;
+    }
+    Arc::make_mut(&mut entry.marks).failure = Some(failure);
+    entry
+}
+
+/// Dead-letterings of one message within one step at most.
+const MAX_HOPS: u8 = 8;
