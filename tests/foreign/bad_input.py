@@ -3,6 +3,7 @@ the right status, no secret, and nothing else disturbed. Called by
 scripts/check-bad-input."""
 
 import argparse
+import base64
 import json
 import os
 import re
@@ -115,7 +116,17 @@ def refused(report, name, hub, topic, body, status, code, *words, content_type=N
         c.expect(problem.get("assume") in ("rejected", "not_sent"), f"assume {problem.get('assume')!r}")
         c.equal("retryable", problem.get("retryable"), False)
         for word in words:
-            c.expect(word in problem.get("detail", ""), f"the detail does not name {word!r}")
+            c.expect(word in json.dumps(problem), f"the problem does not name {word!r}")
+
+
+def warm(hub, topic):
+    """The first publish to a broker that has just started may be so late that
+    it is spooled; what is refused only while draining goes to the dead letters
+    instead of the caller. This makes the lane's later ones prompt."""
+    for _ in range(20):
+        _, answer = hub.call("POST", f"/v1/topics/{topic}/messages", b"{}", "application/json", {"hub-key": "k"})
+        if (answer or {}).get("outcome") == "delivered":
+            return
 
 
 def delivered(c, hub, topic, headers=None):
@@ -124,14 +135,19 @@ def delivered(c, hub, topic, headers=None):
 
 
 def unknown_exchange(report, a):
-    """The exchange of a topology that nobody applied."""
+    """An exchange that the file does not have, then one that nobody made."""
+    binding = "bindings: [{exchange: no.such.exchange, routing_key: astray}]"
+    unknown = file_of(a, f"topology:\n  queues:\n    - name: tasks.astray\n      {binding}\n")
+    ends(report, "unknown exchange in a binding", lambda: Ended(a, unknown), 1, "no.such.exchange")
     config = file_of(
         a,
-        """topology_mode: ignore
+        f"""topology_mode: ignore
 topology:
+  exchanges:
+    - {{name: no.such.exchange, kind: direct}}
   queues:
     - name: tasks.astray
-      bindings: [{exchange: no.such.exchange, routing_key: astray}]
+      {binding}
     - name: tasks.known
 """,
     )
@@ -157,7 +173,14 @@ def drift(report, a):
     queue = "helixagent.tasks.debate"
     connection = tasks.connect(a.rabbitmq)
     channel = connection.channel()
-    channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum", "x-message-ttl": 12345})
+    # As it should be but for one argument.
+    made = {
+        "x-queue-type": "quorum",
+        "x-dead-letter-exchange": "helixagent.dlx",
+        "x-dead-letter-routing-key": "dlq",
+        "x-message-ttl": 123_456,
+    }
+    channel.queue_declare(queue, durable=True, arguments=made)
     log = f"{a.work}/drift.log"
     hub = Hub.start(a.binary, log, a.config, brokers(a))
     try:
@@ -169,7 +192,7 @@ def drift(report, a):
         with report.check("queue with other arguments: in /v1/topology") as c:
             status, found = hub.call("GET", "/v1/topology")
             entries = [d for d in (found or {}).get("drift", []) if queue in str(d.get("object"))]
-            report.note(short(entries))
+            report.note(short(entries or found, 2000))
             c.equal("status", status, 200)
             c.expect(any("x-message-ttl" in str(d.get("argument")) for d in entries), f"drift: {short(entries)}")
         with report.check("queue with other arguments: publishing goes on, also to it") as c:
@@ -177,7 +200,7 @@ def drift(report, a):
                 delivered(c, hub, topic)
         with report.check("queue with other arguments: it is left as it was") as c:
             # A declaration with what it was made with answers 406 if it differs.
-            channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum", "x-message-ttl": 12345})
+            channel.queue_declare(queue, durable=True, arguments=made)
             c.expect(channel.is_open, "the queue was changed")
         return hub, connection
     except BaseException:
@@ -198,10 +221,19 @@ def messages(report, a, hub, connection):
         report, "unknown Kafka topic", hub, "helixagent.events.nosuch", b"x", (404, 422),
         "TOPIC_NOT_FOUND", "helixagent.events.nosuch",
     )
+    warm(hub, "helixagent.events.verification.results")
     refused(
         report, "record without a key for a compacted topic", hub, "helixagent.events.verification.results", b"x",
         (400, 409, 422), ("PUBLISH_REJECTED", "MESSAGE_INVALID"), "key",
     )
+    with report.check("record without a key among good ones: it costs only itself") as c:
+        compacted = "helixagent.events.verification.results"
+        record = lambda n: {"payload": "aGk=", "partition": 0} | ({} if n == 15 else {"key": f"k{n}"})
+        answers = hub.publish_lines(compacted, [json.dumps(record(n)).encode() for n in range(1, 31)])
+        for answer in answers:
+            got = answer.get("outcome") or (answer.get("error") or {}).get("code")
+            wanted = ("PUBLISH_REJECTED", "MESSAGE_INVALID") if answer["line"] == 15 else ("delivered",)
+            c.expect(got in wanted, f"line {answer['line']}: {got}, expected {wanted}")
     envelope = "application/vnd.messaging-hub+json"
     refused(report, "reserved header", hub, background, {"headers": {"hub-id": "x"}}, 400, "MESSAGE_INVALID",
             "hub-id", content_type=envelope)
@@ -214,7 +246,7 @@ def messages(report, a, hub, connection):
     good = lambda n: json.dumps({"type": f"line-{n}", "payload": "aGk="}).encode()
     with report.check("malformed line in the middle of a stream") as c:
         lines = [good(1), b'{"payload": "aGk=", ', good(3), b'{"payload":"%%%"}', b"\xff\xfe", good(6),
-                 json.dumps({"payload": "A" * (limit * 4 // 3 + 8)}).encode(), good(8)]
+                 json.dumps({"payload": base64.b64encode(bytes(limit + 1)).decode()}).encode(), good(8)]
         answers = hub.publish_lines(background, lines)
         for answer in answers:
             report.note(short(answer, 220))
