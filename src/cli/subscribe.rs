@@ -1,7 +1,7 @@
 //! `subscribe`: prints what arrives. Streams are read as Server-Sent Events,
 //! work queues are leased; a message is committed or acked once it is printed.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use clap::Args;
@@ -105,12 +105,24 @@ impl Subscribe {
 
     async fn lease(&self, client: &Client, target: &Target) -> Result<ExitCode, Failure> {
         let mut left = self.count;
+        let mut told = false;
         loop {
             let max = left.unwrap_or(BATCH).min(BATCH);
             let request = client
                 .request(Method::POST, &["v1", "queues", &self.pattern, "lease"])
                 .json(&json!({"max": max, "wait_ms": WAIT_MS}));
-            let answer = client.json(request).await?;
+            let answer = match client.json(request).await {
+                Ok(answer) => answer,
+                // As with a file that is followed: it may come yet.
+                Err(f) if f.problem.as_deref() == Some("QUEUE_NOT_FOUND") => {
+                    if !std::mem::replace(&mut told, true) {
+                        eprintln!("there is no queue {} yet; waiting for it", self.pattern);
+                    }
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                    continue;
+                }
+                Err(f) => return Err(f),
+            };
             let deliveries = answer
                 .get("deliveries")
                 .and_then(Value::as_array)
@@ -154,6 +166,9 @@ fn print(target: &Target, message: &Value) -> Result<(), Failure> {
 
 /// Deliveries leased at once.
 const BATCH: u64 = 10;
+
+/// How long until a missing queue is looked for again.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// How long one lease request waits.
 const WAIT_MS: u64 = 20_000;

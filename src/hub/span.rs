@@ -153,6 +153,9 @@ impl Span {
                         self.stopping.cancel();
                     }
                 }
+                // Noticed also while nothing arrives: an abandoned reader must
+                // not go on holding a subscription that takes from others.
+                () = abandoned(&self.out), if self.out.is_some() => self.stopping.cancel(),
                 batch = self.parts.primary.deliveries.recv(), if want && primary_open => {
                     match batch {
                         Some(batch) => pending = self.take(batch),
@@ -265,6 +268,14 @@ impl Span {
 async fn receive(local: &mut Option<Local>) -> Option<Vec<Delivery>> {
     match local {
         Some(local) => local.deliveries.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until the reader has dropped its end.
+async fn abandoned(out: &Option<mpsc::Sender<Vec<Delivery>>>) {
+    match out {
+        Some(out) => out.closed().await,
         None => std::future::pending().await,
     }
 }

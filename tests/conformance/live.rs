@@ -1,6 +1,9 @@
 //! RabbitMQ and Kafka as backends of the suite, each with a node of its own
 //! that the suite may kill.
 
+// A module of a test binary: nothing is reachable from outside.
+#![allow(unreachable_pub)]
+
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;

@@ -289,20 +289,29 @@ impl MessageBroker for KafkaBroker {
         }
         drop(running);
         let mut state = self.backend.link.watch();
-        let first = state.wait_for(|s| s.connected || s.refused || s.reason.is_some());
-        let outcome = tokio::time::timeout(self.backend.config.connection_timeout, first).await;
-        match outcome {
-            Ok(Ok(state)) if state.connected => Ok(()),
-            Ok(_) => Err(self.away()),
-            Err(_) => Err(Error::new(
-                ErrorCode::ConnectionTimeout,
-                format!(
-                    "Kafka at {} did not answer within kafka.connection_timeout",
-                    self.backend.config.brokers.join(", ")
-                ),
-            )
-            .at(BrokerType::Kafka)),
+        let within = self.backend.config.connection_timeout;
+        let first = async {
+            let settled = |s: &ConnectionState| s.connected || s.refused;
+            // The link outlives this wait, so neither can fail.
+            let _ = state.wait_for(|s| settled(s) || s.reason.is_some()).await;
+            // One address may be away and another about to answer.
+            let _ = tokio::time::timeout(SECOND_CHANCE, state.wait_for(settled)).await;
+        };
+        let answered = tokio::time::timeout(within, first).await.is_ok();
+        if self.is_connected() {
+            return Ok(());
         }
+        if answered {
+            return Err(self.away());
+        }
+        Err(Error::new(
+            ErrorCode::ConnectionTimeout,
+            format!(
+                "Kafka at {} did not answer within kafka.connection_timeout",
+                self.backend.config.brokers.join(", ")
+            ),
+        )
+        .at(BrokerType::Kafka))
     }
 
     async fn close(&self) -> Result<()> {
@@ -650,6 +659,9 @@ impl Preparer {
 
 /// How long readers may take to settle what they hold when the broker closes.
 const CLOSE_GRACE: Duration = Duration::from_secs(5);
+
+/// After a first error, another address may still answer.
+const SECOND_CHANCE: Duration = Duration::from_secs(1);
 
 /// How long preparing may take before the cluster counts as up all the same.
 const PREPARE: Duration = Duration::from_secs(15);

@@ -15,7 +15,7 @@ use super::{
     broker::Backend,
     client,
     connection::Asker,
-    consumer::{Command, resolve},
+    consumer::{Command, resolve, steady},
     error::{failed, raw_code},
     link::LinkContext,
 };
@@ -102,12 +102,15 @@ pub(super) async fn committed(
 ) -> Result<Option<i64>> {
     let topic = topic.clone();
     with_group(backend, group, move |client| {
-        let mut list = TopicPartitionList::new();
-        list.add_partition(&topic, partition);
+        let list = || {
+            let mut list = TopicPartitionList::new();
+            list.add_partition(&topic, partition);
+            list
+        };
         let fail = |e| {
             failed(ErrorCode::ConsumeFailed, "reading a committed offset", e).on(topic.as_str())
         };
-        let found = client.committed_offsets(list, CALL).map_err(fail)?;
+        let found = steady(|| client.committed_offsets(list(), CALL)).map_err(fail)?;
         let element = found.find_partition(&topic, partition).map(|e| e.offset());
         Ok(match element {
             Some(Offset::Offset(offset)) => Some(offset),
@@ -159,7 +162,7 @@ async fn commit_outside(backend: &Arc<Backend>, group: &str, offsets: Offsets) -
             list.add_partition_offset(topic, *partition, Offset::Offset(*offset))
                 .map_err(|e| failed(ErrorCode::InvalidConfig, "an offset to commit", e).on(topic.as_str()))?;
         }
-        client.commit(&list, CommitMode::Sync).map_err(|e| match raw_code(&e) {
+        steady(|| client.commit(&list, CommitMode::Sync)).map_err(|e| match raw_code(&e) {
             Some(Code::UnknownMemberId | Code::IllegalGeneration | Code::RebalanceInProgress) => failed(
                 ErrorCode::ConsumeFailed,
                 &format!("group {name:?} has live members outside of this process; stop them, or move it there"),

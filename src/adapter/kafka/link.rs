@@ -56,6 +56,7 @@ impl Link {
             if change {
                 s.generation += 1;
                 s.connected = true;
+                *self.lock_last() = None;
                 s.reason = None;
                 s.refused = false;
             }
@@ -100,13 +101,16 @@ impl Link {
     /// `reason`, so it stays.
     pub(super) fn silent(&self, reason: &str) {
         let last = self.lock_last().clone();
-        let (known, refused) = {
-            let state = self.state.borrow();
-            (!state.connected && state.reason.is_some(), state.refused)
-        };
-        if !known {
-            let reason = last.unwrap_or_else(|| reason.to_owned());
-            self.down(&reason, refused);
+        let state = self.state.borrow().clone();
+        if !state.connected && state.reason.is_some() {
+            return;
+        }
+        match last {
+            Some(last) => self.down(&last, state.refused),
+            // Nothing went wrong that anybody knows of; a first connection may
+            // just take its time.
+            None if state.generation == 0 => {}
+            None => self.down(reason, state.refused),
         }
     }
 

@@ -119,12 +119,14 @@ impl HttpServer {
         let inner = &self.app.0;
         inner.intake.close();
         let mut in_time = timeout_at(deadline, inner.intake.wait()).await.is_ok();
+        tracing::debug!(in_time, "requests have ended");
         inner.leases.give_back_all();
         self.leaving.cancel();
         self.connections.close();
         in_time &= timeout_at(deadline, self.connections.wait()).await.is_ok();
         self.abort.cancel();
         self.connections.wait().await;
+        tracing::debug!(in_time, "connections have closed");
         inner.tasks.close();
         // Tasks end by themselves once their connections are gone; what the hub
         // still owes them, its own close settles.

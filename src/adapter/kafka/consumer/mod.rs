@@ -41,7 +41,10 @@ use crate::{
     error::{ErrorCode, Result},
 };
 
-pub(super) use self::{core::Command, position::resolve};
+pub(super) use self::{
+    core::Command,
+    position::{resolve, steady},
+};
 
 /// The consumers of a broker that run.
 #[derive(Debug, Default)]

@@ -1,26 +1,58 @@
 //! Where reading begins: committed positions, times, ends of partitions. Every
 //! function blocks, with a time-out, and belongs on a thread that may.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::{
     Offset, TopicPartitionList,
     consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext},
-    error::KafkaResult,
+    error::{KafkaError, KafkaResult},
+    types::RDKafkaErrorCode as Code,
 };
 
 use super::{
     core::{bare_list, list_of},
     tracker::TopicPartition,
 };
-use crate::broker::{OffsetReset, SeekTo};
+use crate::{
+    adapter::kafka::error::raw_code,
+    broker::{OffsetReset, SeekTo},
+};
+
+/// Partitions with an offset each.
+type Offsets = Vec<(TopicPartition, i64)>;
+
+/// Calls again while the group's coordinator is being found or moves. Blocks.
+pub(in crate::adapter::kafka) fn steady<T>(call: impl Fn() -> KafkaResult<T>) -> KafkaResult<T> {
+    let until = Instant::now() + LOOKUP;
+    loop {
+        match call() {
+            Err(error) if is_passing(&error) && Instant::now() < until => {
+                std::thread::sleep(AGAIN);
+            }
+            result => return result,
+        }
+    }
+}
+
+fn is_passing(error: &KafkaError) -> bool {
+    matches!(
+        raw_code(error),
+        Some(
+            Code::NotCoordinator
+                | Code::CoordinatorNotAvailable
+                | Code::CoordinatorLoadInProgress
+                | Code::WaitingForCoordinator
+        )
+    )
+}
 
 /// Offsets for a wish, one for each partition. What no message fits is the end.
 pub(in crate::adapter::kafka) fn resolve<C: ConsumerContext>(
     client: &BaseConsumer<C>,
     partitions: &[TopicPartition],
     to: SeekTo,
-) -> KafkaResult<Vec<(TopicPartition, i64)>> {
+) -> KafkaResult<Offsets> {
     let wish = match to {
         SeekTo::Offset(offset) => {
             return Ok(partitions.iter().map(|tp| (tp.clone(), offset)).collect());
@@ -60,8 +92,8 @@ pub(in crate::adapter::kafka) fn resolve<C: ConsumerContext>(
 pub(super) fn committed<C: ConsumerContext>(
     client: &BaseConsumer<C>,
     partitions: &[TopicPartition],
-) -> KafkaResult<(Vec<(TopicPartition, i64)>, Vec<TopicPartition>)> {
-    let found = client.committed_offsets(bare_list(partitions), LOOKUP)?;
+) -> KafkaResult<(Offsets, Vec<TopicPartition>)> {
+    let found = steady(|| client.committed_offsets(bare_list(partitions), LOOKUP))?;
     let (mut known, mut unknown) = (Vec::new(), Vec::new());
     for element in found.elements() {
         let tp = (element.topic().to_owned(), element.partition());
@@ -89,7 +121,7 @@ pub(super) fn commit_start<C: ConsumerContext>(
         if start.is_empty() {
             return Ok(());
         }
-        client.commit(&list_of(&start), CommitMode::Sync)
+        steady(|| client.commit(&list_of(&start), CommitMode::Sync))
     });
     if let Err(error) = made {
         // The client's own reset policy, which is the same, takes its place.
@@ -99,3 +131,6 @@ pub(super) fn commit_start<C: ConsumerContext>(
 
 /// How long one look-up may take.
 const LOOKUP: Duration = Duration::from_secs(5);
+
+/// Between two calls to a coordinator that moves.
+const AGAIN: Duration = Duration::from_millis(50);
