@@ -230,6 +230,96 @@ async fn consumers_take_up_their_work_after_the_broker_comes_back() {
     broker.close().await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_broker_is_noticed_and_what_was_in_flight_is_confirmed_once_it_answers() {
+    let node = need!(Kafka::start().await);
+    let broker = connected(KafkaConfig {
+        message_timeout: Duration::from_secs(30),
+        ..config(node.bootstrap())
+    })
+    .await;
+    let topic = topic(&broker, "silent", 1).await;
+    let mut lane = broker
+        .open_lane(&topic, 0, &LaneOptions::default())
+        .await
+        .unwrap();
+    node.pause().await;
+    lane.submissions
+        .send((0..10).map(submission).collect())
+        .await
+        .unwrap();
+    let mut state = broker.connection();
+    let lost = state.wait_for(|s| !s.connected);
+    tokio::time::timeout(Duration::from_secs(10), lost)
+        .await
+        .expect("noticed")
+        .unwrap();
+    node.resume().await;
+    for token in 0..10 {
+        let answer = tokio::time::timeout(WAIT, lane.confirmations.recv())
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!(answer.token, token);
+        assert!(matches!(answer.fate, Fate::Confirmed(_)), "{answer:?}");
+    }
+    // A stored record says that the broker is back.
+    tokio::time::timeout(WAIT, state.wait_for(|s| s.connected))
+        .await
+        .unwrap()
+        .unwrap();
+    // Idempotence: once each, in order.
+    let read = read_all(&broker, &topic, 10).await;
+    let bodies: Vec<_> = read[&0].iter().map(|m| m.payload.to_vec()).collect();
+    let expected: Vec<_> = (0..10).map(|i: u64| i.to_string().into_bytes()).collect();
+    assert_eq!(bodies, expected);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_while_the_broker_is_dead_ends_in_time() {
+    let node = need!(Kafka::start().await);
+    let broker = connected(KafkaConfig {
+        message_timeout: Duration::from_secs(3),
+        ..config(node.bootstrap())
+    })
+    .await;
+    let topic = topic(&broker, "close", 1).await;
+    let mut lane = broker
+        .open_lane(&topic, 0, &LaneOptions::default())
+        .await
+        .unwrap();
+    let mut consumer = broker
+        .consume(&stream(&topic), &SubscribeOptions::group("g"))
+        .await
+        .unwrap();
+    active(&consumer).await;
+    publish(&broker, &topic, vec![text("x"), text("y")]).await;
+    // Held by its reader, and never settled.
+    let held = take(&mut consumer, 2).await;
+    node.kill().await;
+    lane.submissions
+        .send((0..10).map(submission).collect())
+        .await
+        .unwrap();
+    let began = Instant::now();
+    let closed = tokio::time::timeout(Duration::from_secs(45), broker.close()).await;
+    eprintln!("closed after {:?}: {closed:?}", began.elapsed());
+    assert!(closed.is_ok(), "close ends");
+    let mut answers = 0;
+    while let Some(answer) = lane.confirmations.recv().await {
+        assert!(!matches!(answer.fate, Fate::Confirmed(_)));
+        answers += 1;
+    }
+    assert_eq!(answers, 10, "every submission was answered");
+    for delivery in held {
+        assert_eq!(
+            delivery.ack().await.unwrap_err().code(),
+            ErrorCode::AckFailed
+        );
+    }
+}
+
 fn tls(node: &Kafka) -> TlsConfig {
     TlsConfig {
         ca_file: Some(node.tls_file("ca.pem")),

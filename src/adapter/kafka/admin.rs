@@ -1,7 +1,11 @@
 //! Making, deleting and describing topics and groups. Each call has a time-out
 //! and never blocks a runtime worker.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
@@ -9,7 +13,6 @@ use rdkafka::{
     consumer::Consumer as _,
     types::RDKafkaErrorCode as Code,
 };
-use tokio::sync::OnceCell;
 
 use super::{
     client,
@@ -32,8 +35,8 @@ pub(super) struct Admin {
     config: Arc<KafkaConfig>,
     link: Arc<Link>,
     topics: Arc<Topics>,
-    asker: OnceCell<Arc<Asker>>,
-    client: OnceCell<Arc<AdminClient<LinkContext>>>,
+    asker: Mutex<Option<Arc<Asker>>>,
+    client: Mutex<Option<Arc<AdminClient<LinkContext>>>>,
     reaper: Reaper,
 }
 
@@ -51,18 +54,17 @@ impl Admin {
             config,
             link,
             topics,
-            asker: OnceCell::new(),
-            client: OnceCell::new(),
+            asker: Mutex::default(),
+            client: Mutex::default(),
             reaper,
         }
     }
 
     /// The client that only asks, made at first use.
-    pub(super) async fn asker(&self) -> Result<Arc<Asker>> {
-        self.asker
-            .get_or_try_init(|| async { super::connection::asker(&self.config, &self.link) })
-            .await
-            .cloned()
+    pub(super) fn asker(&self) -> Result<Arc<Asker>> {
+        once(&self.asker, || {
+            super::connection::asker(&self.config, &self.link)
+        })
     }
 
     /// Runs a blocking question on a blocking thread.
@@ -70,7 +72,7 @@ impl Admin {
         &self,
         question: impl FnOnce(&Asker) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let asker = self.asker().await?;
+        let asker = self.asker()?;
         tokio::task::spawn_blocking(move || question(&asker))
             .await
             .map_err(|e| Error::new(ErrorCode::UnknownError, "a look-up panicked").caused_by(e))?
@@ -134,7 +136,7 @@ impl Admin {
         for (name, value) in &wanted {
             new = new.set(name, value);
         }
-        let client = self.client().await?;
+        let client = self.client()?;
         let results = client
             .create_topics([&new], &self.options())
             .await
@@ -163,7 +165,7 @@ impl Admin {
 
     /// Deletes a topic.
     pub(super) async fn delete(&self, topic: &Topic) -> Result<()> {
-        let client = self.client().await?;
+        let client = self.client()?;
         let results = client
             .delete_topics(&[topic.as_str()], &self.options())
             .await
@@ -272,7 +274,7 @@ impl Admin {
 
     /// The settings of a topic, defaults included.
     pub(super) async fn settings(&self, topic: &Topic) -> Result<Settings> {
-        let client = self.client().await?;
+        let client = self.client()?;
         let fail =
             |e| failed(ErrorCode::UnknownError, "reading a topic's settings", e).on(topic.as_str());
         let mut found = client
@@ -292,7 +294,7 @@ impl Admin {
 
     /// Forgets a group and its positions.
     pub(super) async fn delete_group(&self, group: &str) -> Result<()> {
-        let client = self.client().await?;
+        let client = self.client()?;
         let results = client
             .delete_groups(&[group], &self.options())
             .await
@@ -315,26 +317,23 @@ impl Admin {
 
     /// Lets go of the clients, where that may block.
     pub(super) fn close(&self) {
-        if let Some(client) = self.client.get() {
-            self.reaper.drop_aside(Arc::clone(client));
+        if let Some(client) = lock(&self.client).take() {
+            self.reaper.drop_aside(client);
         }
-        if let Some(asker) = self.asker.get() {
-            self.reaper.drop_aside(Arc::clone(asker));
+        if let Some(asker) = lock(&self.asker).take() {
+            self.reaper.drop_aside(asker);
         }
     }
 
-    async fn client(&self) -> Result<Arc<AdminClient<LinkContext>>> {
-        self.client
-            .get_or_try_init(|| async {
-                // The client poses as a producer, so a consumer's settings are
-                // not for it.
-                let settings = client::base(&self.config)?;
-                AdminClient::from_config_and_context(&settings, LinkContext(Arc::clone(&self.link)))
-                    .map(Arc::new)
-                    .map_err(|e| failed(ErrorCode::InvalidConfig, "the client's settings", e))
-            })
-            .await
-            .cloned()
+    fn client(&self) -> Result<Arc<AdminClient<LinkContext>>> {
+        once(&self.client, || {
+            // The client poses as a producer, so a consumer's settings are
+            // not for it.
+            let settings = client::base(&self.config)?;
+            AdminClient::from_config_and_context(&settings, LinkContext(Arc::clone(&self.link)))
+                .map(Arc::new)
+                .map_err(|e| failed(ErrorCode::InvalidConfig, "the client's settings", e))
+        })
     }
 
     fn options(&self) -> AdminOptions {
@@ -342,6 +341,28 @@ impl Admin {
             .request_timeout(Some(ADMIN))
             .operation_timeout(Some(ADMIN))
     }
+}
+
+impl Drop for Admin {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// What is in the place, made when nothing is.
+fn once<T>(place: &Mutex<Option<Arc<T>>>, make: impl FnOnce() -> Result<Arc<T>>) -> Result<Arc<T>> {
+    let mut place = lock(place);
+    if let Some(made) = &*place {
+        return Ok(Arc::clone(made));
+    }
+    let made = make()?;
+    *place = Some(Arc::clone(&made));
+    Ok(made)
+}
+
+fn lock<T>(place: &Mutex<Option<T>>) -> MutexGuard<'_, Option<T>> {
+    // Filled and emptied in one step, so a poisoned one is whole.
+    place.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The settings that options stand for, by Kafka's names.

@@ -265,7 +265,7 @@ impl MessageBroker for KafkaBroker {
                 backend.config.compression,
                 backend.config.batch_size,
             )?;
-            let asker = backend.admin.asker().await?;
+            let asker = backend.admin.asker()?;
             let (found, finds) = mpsc::channel(1);
             let probe = Arc::new(Probe::start(
                 asker,
@@ -582,6 +582,13 @@ impl EventStreamBroker for KafkaBroker {
             return Err(invalid("an offset must not be negative").on(topic.as_str()));
         }
         groups::seek(&self.backend, group, topic, partition, to).await
+    }
+}
+
+impl Drop for KafkaBroker {
+    fn drop(&mut self) {
+        // Not closed, just forgotten: the probe ends with the preparer.
+        self.closing.cancel();
     }
 }
 

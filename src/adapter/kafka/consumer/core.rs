@@ -159,7 +159,8 @@ impl ConsumerContext for Context {
                 };
                 self.0.wake();
                 // Lost partitions belong to others already; so may the offsets.
-                if !client.assignment_lost() && !done.is_empty() {
+                // Without a broker the commit would only wait.
+                if !client.assignment_lost() && !done.is_empty() && self.0.link.is_up() {
                     let result = client.commit(&list_of(&done), CommitMode::Sync);
                     if let Err(error) = result {
                         tracing::warn!(target: "messaging_hub::kafka", %error, "the last offsets of revoked partitions were not committed; those messages come again");

@@ -198,3 +198,72 @@ pub(super) enum Settle {
     /// Not at all (no group).
     Never,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{broker::BrokerType, message::Message, topic::Topic};
+    use std::sync::Arc;
+
+    fn tp() -> TopicPartition {
+        ("t".to_owned(), 0)
+    }
+
+    fn received() -> Received {
+        Received {
+            topic: Topic::new("t").unwrap(),
+            message: Arc::new(Message::default()),
+            marks: Arc::default(),
+            via: BrokerType::Kafka,
+        }
+    }
+
+    fn with(offsets: std::ops::Range<i64>) -> State {
+        let mut state = State::default();
+        state.assign([tp()]);
+        for offset in offsets {
+            assert!(state.take_in(received(), tp(), offset, Settle::ByReader));
+        }
+        state
+    }
+
+    #[test]
+    fn what_is_given_back_comes_again_before_the_rest() {
+        let mut state = with(0..3);
+        let (tag, _) = state.hand_out().unwrap();
+        assert!(state.give_back(tag.unwrap(), |held| {
+            Arc::make_mut(&mut held.received.message).redelivered = true;
+        }));
+        let (_, again) = state.hand_out().unwrap();
+        assert!(again.received.message.redelivered);
+        assert_eq!(state.unfinished(), 3);
+    }
+
+    #[test]
+    fn a_new_assignment_forgets_what_waited_and_disowns_what_is_out() {
+        let mut state = with(0..3);
+        let tag = state.hand_out().unwrap().0.unwrap();
+        state.assign([tp()]);
+        assert_eq!((state.unfinished(), state.handed_out()), (1, 1));
+        assert!(state.current(tag).is_none());
+        assert_eq!(state.finish(tag), Settled::Stale);
+        assert_eq!(state.unfinished(), 0);
+        // The same offset comes again and counts.
+        assert!(state.take_in(received(), tp(), 0, Settle::ByReader));
+        let tag = state.hand_out().unwrap().0.unwrap();
+        assert_eq!(state.finish(tag), Settled::Done(Some((tp(), 1))));
+    }
+
+    #[test]
+    fn a_stop_hands_out_and_takes_in_nothing_more() {
+        let mut state = with(0..3);
+        let tag = state.hand_out().unwrap().0.unwrap();
+        state.stop();
+        assert!(state.hand_out().is_none());
+        assert!(!state.take_in(received(), tp(), 3, Settle::ByReader));
+        // Given back while stopping: left to the group, its offset not done.
+        assert!(state.give_back(tag, |_| {}));
+        assert_eq!(state.unfinished(), 0);
+        assert_eq!(state.revoke(&tp()), None);
+    }
+}
