@@ -207,8 +207,14 @@ fn check_states(name: &str, seen: &[(u32, LaneState)]) {
             .map(|(_, to)| *to)
             .collect();
         println!("{name}: lane {lane}: Primary -> {path:?}");
-        assert!(path.contains(&LaneState::Degraded), "{name}: never degraded");
-        assert!(path.contains(&LaneState::Draining), "{name}: never draining");
+        assert!(
+            path.contains(&LaneState::Degraded),
+            "{name}: never degraded"
+        );
+        assert!(
+            path.contains(&LaneState::Draining),
+            "{name}: never draining"
+        );
         assert_eq!(
             path.last(),
             Some(&LaneState::Primary),
@@ -253,9 +259,11 @@ async fn drive(
     .await;
     let returning = Instant::now();
     restart().await;
-    wait::until(RECOVERY, "an empty spool while publishing goes on", async || {
-        spooled(system) == 0 && worst(system, kind) == LaneState::Primary
-    })
+    wait::until(
+        RECOVERY,
+        "an empty spool while publishing goes on",
+        async || spooled(system) == 0 && worst(system, kind) == LaneState::Primary,
+    )
     .await;
     // The run goes on for this long after the recovery, counted in messages.
     let goal = published() + u64::from(RATE) * AFTERWARDS.as_secs();
@@ -319,9 +327,7 @@ async fn read_queue(url: &str, queue: &str, wanted: usize) -> Vec<ledger::Delive
     let mut distinct = BTreeSet::new();
     // Repeats may follow the last distinct one, so it reads on until the queue
     // has been quiet for a while.
-    while let Ok(Some(delivery)) =
-        tokio::time::timeout(QUIET, consumer.next()).await
-    {
+    while let Ok(Some(delivery)) = tokio::time::timeout(QUIET, consumer.next()).await {
         let delivery = delivery.unwrap();
         let properties = &delivery.properties;
         let id = properties.message_id().as_ref().unwrap().to_string();
@@ -347,7 +353,10 @@ async fn read_queue(url: &str, queue: &str, wanted: usize) -> Vec<ledger::Delive
             .await
             .unwrap();
     }
-    println!("read {} of {wanted} distinct messages from {queue}", distinct.len());
+    println!(
+        "read {} of {wanted} distinct messages from {queue}",
+        distinct.len()
+    );
     delivered
 }
 
@@ -423,7 +432,11 @@ async fn read_topic(bootstrap: String, topic: String) -> Vec<ledger::Delivered> 
         loop {
             let Some(message) = consumer.poll(Duration::from_millis(200)) else {
                 let since = *quiet_since.get_or_insert_with(Instant::now);
-                let limit = if delivered.is_empty() { QUIET * 10 } else { QUIET };
+                let limit = if delivered.is_empty() {
+                    QUIET * 10
+                } else {
+                    QUIET
+                };
                 if since.elapsed() > limit {
                     return delivered;
                 }
@@ -445,7 +458,9 @@ async fn read_topic(bootstrap: String, topic: String) -> Vec<ledger::Delivered> 
                 topic: topic.clone(),
                 id: header("hub-id").unwrap(),
                 payload_hash: hash(message.payload().unwrap_or_default()),
-                key: message.key().map(|k| String::from_utf8_lossy(k).into_owned()),
+                key: message
+                    .key()
+                    .map(|k| String::from_utf8_lossy(k).into_owned()),
                 index: delivered.len() as u64,
                 redelivered: header("hub-possible-duplicate").is_some(),
                 settled: true,

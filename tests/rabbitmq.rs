@@ -17,8 +17,8 @@ use messaging_hub::{
     Topic,
     adapter::rabbitmq::{RabbitMqBroker, RabbitMqConfig, TlsConfig},
     broker::{
-        Compression, Consumer, Delivery, Fate, Lane, LaneOptions, OrderKey, QueueOptions,
-        QueueType, Source, StartFrom, Submission, Verdict,
+        Compression, Consumer, Delivery, Fate, HandlerError, Lane, LaneOptions, OrderKey,
+        PublishOptions, QueueOptions, QueueType, Received, Source, StartFrom, Submission, Verdict,
     },
     message::{
         MessageId,
@@ -1302,6 +1302,52 @@ async fn who_may_not_write_is_refused() {
         }
     }
     assert!(broker.is_connected());
+    broker.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn handlers_and_direct_publishes_work_over_it() {
+    let rabbit = need!(shared_rabbit(RabbitVersion::V3_10).await);
+    let broker = connected(config(rabbit.url()), Topology::default()).await;
+    let queue = queue(&broker, &unique("handled")).await;
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let handler = move |received: Received| {
+        let tell = tell.clone();
+        async move {
+            tell.send(received.id.to_string()).unwrap();
+            if received.id.as_str() == "m5" {
+                return Err(HandlerError::reject("not this one"));
+            }
+            Ok(())
+        }
+    };
+    let subscription = broker
+        .subscribe(&of(&queue), SubscribeOptions::default(), Arc::new(handler))
+        .await
+        .unwrap();
+    assert!(subscription.active().await);
+    let messages = (0..10).map(|n| Arc::new(numbered(n))).collect();
+    let receipts = broker
+        .publish_batch(&queue, messages, &PublishOptions::default())
+        .await;
+    assert_eq!(receipts.len(), 10);
+    for receipt in receipts {
+        receipt.unwrap();
+    }
+    let mut seen = BTreeSet::new();
+    while seen.len() < 10 {
+        seen.insert(
+            wait::within(SOON, "a handled message", told.recv())
+                .await
+                .unwrap(),
+        );
+    }
+    wait::until(SOON, "the failed one is in the dead letters", || async {
+        broker.metrics().messages_dead_lettered > 0
+    })
+    .await;
+    subscription.unsubscribe().await;
+    depth_becomes(&broker, &queue, 0).await;
     broker.close().await.unwrap();
 }
 

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use lapin::{
-    BasicProperties, Channel, Confirmation as AmqpConfirmation, PublisherConfirm,
+    BasicProperties, Channel, PublisherConfirm, message::BasicReturnMessage,
     options::BasicPublishOptions, types::ShortString,
 };
 use tokio::{
@@ -54,8 +54,11 @@ pub(super) struct Port {
 enum Step {
     /// Handed to the channel and written.
     Written(PublisherConfirm),
-    /// The server's answer.
-    Answer(AmqpConfirmation),
+    /// The server's answer, and a message that came back with it.
+    Answer {
+        acked: bool,
+        returned: Option<Box<BasicReturnMessage>>,
+    },
     /// The channel was closed before it was handed over.
     Unwritten,
     /// The channel failed afterwards.
@@ -243,13 +246,14 @@ impl Lane {
                 self.ledger.written(number, &mut self.out);
                 return Ok(Some(confirm));
             }
-            Step::Answer(answer) => {
-                let outcome = match answer {
-                    AmqpConfirmation::Nack(_) => Outcome::Nacked,
-                    _ => Outcome::Acked,
+            Step::Answer { acked, returned } => {
+                let outcome = if acked {
+                    Outcome::Acked
+                } else {
+                    Outcome::Nacked
                 };
                 self.shared.recorder.publish_confirmations.inc();
-                self.note_return(answer);
+                self.note_return(returned);
                 self.ledger.settle(number, outcome, &mut self.out);
             }
             Step::Unwritten => {
@@ -264,8 +268,8 @@ impl Lane {
         Ok(None)
     }
 
-    fn note_return(&mut self, answer: AmqpConfirmation) {
-        let Some(returned) = answer.take_message() else {
+    fn note_return(&mut self, returned: Option<Box<BasicReturnMessage>>) {
+        let Some(returned) = returned else {
             return;
         };
         let why = format!(
@@ -399,12 +403,13 @@ impl Lane {
     fn last_step(&mut self, number: u64, step: Step) -> Option<lapin::Error> {
         match step {
             Step::Written(_) => self.ledger.written(number, &mut self.out),
-            Step::Answer(answer) => {
-                let outcome = match answer {
-                    AmqpConfirmation::Nack(_) => Outcome::Nacked,
-                    _ => Outcome::Acked,
+            Step::Answer { acked, returned } => {
+                let outcome = if acked {
+                    Outcome::Acked
+                } else {
+                    Outcome::Nacked
                 };
-                self.note_return(answer);
+                self.note_return(returned);
                 self.ledger.note(number, outcome);
             }
             Step::Unwritten => self.ledger.note(number, Outcome::Unwritten),
@@ -463,7 +468,13 @@ async fn write(
 
 async fn answer_of(number: u64, confirm: PublisherConfirm) -> (u64, Step) {
     match confirm.await {
-        Ok(answer) => (number, Step::Answer(answer)),
+        Ok(answer) => {
+            let step = Step::Answer {
+                acked: !answer.is_nack(),
+                returned: answer.take_message().map(Box::new),
+            };
+            (number, step)
+        }
         Err(e) => (number, Step::Failed(e)),
     }
 }

@@ -221,7 +221,7 @@ impl Look<'_> {
         };
         let channel = self.channel().await?;
         let found = self.step(step(channel, true)).await?;
-        if let Some(missing) = self.to_declare(&object, found) {
+        if let Some(missing) = self.judge_passive(&object, found) {
             let channel = self.channel().await?;
             let declared = self.step(step(channel, false)).await?;
             self.declared(object, missing, declared);
@@ -260,7 +260,7 @@ impl Look<'_> {
         };
         let channel = self.channel().await?;
         let found = self.step(step(channel, true)).await?;
-        if let Some(missing) = self.to_declare(&object, found) {
+        if let Some(missing) = self.judge_passive(&object, found) {
             let channel = self.channel().await?;
             let declared = self.step(step(channel, false)).await?;
             self.declared(object, missing, declared);
@@ -308,7 +308,7 @@ impl Look<'_> {
     /// From the answer to a passive declare: whether to declare with the
     /// expected arguments, and whether that would make something that is
     /// missing. It makes the server say how what exists differs.
-    fn to_declare(&mut self, object: &str, found: Result<(), lapin::Error>) -> Option<bool> {
+    fn judge_passive(&mut self, object: &str, found: Result<(), lapin::Error>) -> Option<bool> {
         match found {
             Ok(()) => Some(false),
             Err(e) if refusal(&e) == Some(Refusal::NotFound) => {

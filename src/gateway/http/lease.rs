@@ -224,13 +224,20 @@ async fn known(app: &App, queue: &str) -> Result<(), Problem> {
     if app.hub().kind_of(queue) == RouteKind::Event {
         return Err(Error::rejected(
             ErrorCode::QueueNotFound,
-            format!("{queue} is no work queue but a stream; read it with GET /v1/stream?pattern={queue}"),
+            format!(
+                "{queue} is no work queue but a stream; read it with GET /v1/stream?pattern={queue}"
+            ),
         )
         .on(queue)
         .into());
     }
     match app.hub().queue_stats(queue).await {
-        Err(e) if matches!(e.code(), ErrorCode::QueueNotFound | ErrorCode::MessageInvalid) => {
+        Err(e)
+            if matches!(
+                e.code(),
+                ErrorCode::QueueNotFound | ErrorCode::MessageInvalid
+            ) =>
+        {
             Err(Problem::from(e).on(queue))
         }
         _ => Ok(()),
