@@ -44,6 +44,7 @@ async fn publish(hub: &Hub, topic: &str, id: &str) -> Value {
 async fn call(hub: &Hub, path: &str, body: Value) -> (StatusCode, Value) {
     let response = Client::new()
         .post(hub.at(path))
+        .timeout(PATIENCE)
         .body(body.to_string())
         .send()
         .await
@@ -79,7 +80,10 @@ impl Events {
         if let Some(last) = last {
             request = request.header("last-event-id", last);
         }
-        let response = request.send().await.unwrap();
+        let response = timeout(PATIENCE, request.send())
+            .await
+            .expect("no headers in time")
+            .unwrap();
         let status = response.status();
         if status != StatusCode::OK {
             panic!("{status}: {}", response.text().await.unwrap());
@@ -326,6 +330,23 @@ async fn a_pattern_covers_topics_and_earliest_begins_at_the_oldest() {
             Events::open(&hub, &[("pattern", pattern), ("from", "earliest")], None).await;
         assert_eq!(sorted(events.ids(2).await), ["1", "2"]);
     }
+}
+
+#[tokio::test]
+async fn a_resumed_pattern_has_what_came_on_topics_that_were_new_meanwhile() {
+    let hub = Hub::start();
+    for id in ["old1", "old2"] {
+        publish(&hub, "user.created", id).await;
+    }
+    let mut events = Events::open(&hub, &[("pattern", "user.*")], None).await;
+    publish(&hub, "user.created", "u1").await;
+    let (cursor, first) = events.next().await.unwrap();
+    assert_eq!(first["id"], "u1");
+    drop(events);
+    publish(&hub, "user.created", "u2").await;
+    publish(&hub, "user.deleted", "u3").await;
+    let mut events = Events::open(&hub, &[("pattern", "user.*")], Some(&cursor)).await;
+    assert_eq!(sorted(events.ids(2).await), ["u2", "u3"]);
 }
 
 #[tokio::test]
@@ -734,4 +755,68 @@ async fn one_request_and_one_named_publisher_keep_their_order() {
         assert_eq!(got, sorted(got.clone()));
         assert_eq!(got.len(), range.len());
     }
+}
+
+#[tokio::test]
+async fn a_nack_later_rests_a_never_goes_to_the_dead_letters() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("hub.yaml");
+    std::fs::write(&file, "hub:\n  retry:\n    task_delay: 300ms\n").unwrap();
+    let hub = Hub::start_with(&["--config", file.to_str().unwrap()], &[]);
+    let queue = "helixagent.tasks.llm";
+    publish(&hub, "llm", "n1").await;
+    let first = lease(&hub, queue, json!({"wait_ms": 5000})).await;
+    let later = json!({"retry": "later", "reason": "busy"});
+    assert_eq!(settle(&hub, &first[0], "nack", later).await, 204);
+    let second = lease(&hub, queue, json!({"wait_ms": 10000})).await;
+    assert_eq!(second[0]["message"]["id"], "n1");
+    assert_eq!(second[0]["message"]["retry_count"], 1);
+    let never = json!({"retry": "never", "reason": "hopeless"});
+    assert_eq!(settle(&hub, &second[0], "nack", never).await, 204);
+    let dead = lease(&hub, "helixagent.dlq", json!({"wait_ms": 5000})).await;
+    assert_eq!(dead[0]["message"]["id"], "n1");
+    assert!(lease(&hub, queue, json!({})).await.is_empty());
+}
+
+#[cfg(feature = "rabbitmq")]
+#[tokio::test]
+async fn while_the_broker_is_away_publishes_are_spooled_and_what_is_left_ends_it_with_1() {
+    let mut hub = Hub::start_with(
+        &[],
+        &[
+            ("RABBITMQ_URL", "amqp://127.0.0.1:1"),
+            ("MESSAGING_SHUTDOWN_GRACE", "2s"),
+        ],
+    );
+    let ready = Client::new().get(hub.at("/ready")).send().await.unwrap();
+    assert_eq!(ready.status(), 200);
+    assert_eq!(ready.json::<Value>().await.unwrap()["state"], "degraded");
+    let response = post(&hub, "tasks", ENVELOPE, r#"{"id":"s1"}"#).await;
+    assert_eq!(response.status(), StatusCode::ACCEPTED);
+    let receipt: Value = response.json().await.unwrap();
+    assert_eq!(
+        receipt,
+        json!({"id": "s1", "outcome": "spooled", "durable": false})
+    );
+    let array = post(&hub, "tasks", ENVELOPE, r#"[{"id":"s2"},{"id":"s3"}]"#).await;
+    assert_eq!(array.status(), StatusCode::ACCEPTED);
+    let state: Value = Client::new()
+        .get(hub.at("/v1/state"))
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    let spooled: u64 = state["routes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|r| r["spool"]["messages"].as_u64())
+        .sum();
+    assert_eq!(spooled, 3);
+    hub.signal("TERM");
+    let (status, err) = hub.ended();
+    assert_eq!(status.code(), Some(1), "{err}");
+    assert!(err.contains("3 accepted messages"), "{err}");
 }

@@ -11,6 +11,7 @@ use crate::{
     broker::{BrokerType, QueueOptions, QueueStats, SeekTo, TopicMetadata, TopicOptions},
     error::{Error, ErrorCode, Result},
     message::Timestamp,
+    topic::Topic,
     topology::TopologyReport,
 };
 
@@ -65,6 +66,25 @@ impl MessagingHub {
             Some(broker) => broker.topic_metadata(&topic).await,
             None => Err(unsupported(entry.broker.broker_type(), "streams").on(topic.as_str())),
         }
+    }
+
+    /// The streams that exist now, on the brokers that events are routed to.
+    ///
+    /// # Errors
+    /// Why a broker cannot be asked.
+    pub async fn list_topics(&self) -> Result<Vec<Topic>> {
+        let table = lock(&self.0.routes).clone();
+        let mut found = Vec::new();
+        for broker in self.all_brokers() {
+            let routed = table
+                .all()
+                .iter()
+                .any(|r| r.kind == RouteKind::Event && r.primary == broker.broker_type());
+            if let Some(streams) = broker.event_stream().filter(|_| routed) {
+                found.extend(streams.list_topics().await?);
+            }
+        }
+        Ok(found)
     }
 
     /// Commits a group's positions: for each topic and partition the offset of

@@ -1,5 +1,5 @@
 //! Runs the real binary and talks to it.
-#![allow(dead_code)]
+#![allow(dead_code, unreachable_pub)]
 
 use std::{
     io::{BufRead, BufReader, Read},

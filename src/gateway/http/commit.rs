@@ -40,14 +40,16 @@ pub(super) async fn commit(
         Found::Ended => positions(&app, &ask.group, &cursor).await,
         Found::Live(commits) => {
             let (deliveries, held) = oneshot::channel();
-            let sent = commits
-                .send(Commit {
-                    upto: cursor.given,
-                    deliveries,
-                })
-                .await;
-            // A stream that ended just now has given everything back.
-            let (Ok(()), Ok(held)) = (sent, held.await) else {
+            let commit = Commit {
+                upto: cursor.given,
+                deliveries,
+            };
+            // A stream that ended just now has given everything back. A commit
+            // that could not be sent comes back in the error and holds the
+            // other end of `held`: it is dropped before that is waited for.
+            let sent = commits.send(commit).await.is_ok();
+            let held = if sent { held.await.ok() } else { None };
+            let Some(held) = held else {
                 return positions(&app, &ask.group, &cursor).await;
             };
             let (done, answer) = oneshot::channel();

@@ -16,6 +16,9 @@ pub(super) const MAX_HEADERS: usize = 200;
 /// How long a client may take to send a request's head.
 pub(super) const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// How long a body that is read whole may bring nothing.
+pub(super) const BODY_IDLE: Duration = Duration::from_secs(60);
+
 /// Bytes that an envelope needs beside its payload (ids, headers, attributes).
 pub(super) const ENVELOPE_OVERHEAD: usize = 64 * 1024;
 
@@ -41,7 +44,7 @@ pub(super) const STREAM_BUFFER: usize = 64;
 /// the socket (`ack=auto`).
 pub(super) const STREAM_MAX_UNCOMMITTED: usize = 10_000;
 
-/// Streams of one group with `ack=cursor` and of all groups together.
+/// Streams with `ack=cursor` that are open at once.
 pub(super) const MAX_STREAMS: usize = 2048;
 
 /// How often a silent stream gets a comment, so that dead peers are noticed.

@@ -173,7 +173,11 @@ async fn read_body(body: Body, max: usize) -> Result<Bytes, Option<Problem>> {
     let mut pieces = body.into_data_stream();
     let mut whole = Vec::with_capacity(if over { 0 } else { announced });
     let mut seen = 0_usize;
-    while let Some(piece) = pieces.next().await {
+    loop {
+        let piece = tokio::time::timeout(limits::BODY_IDLE, pieces.next())
+            .await
+            .map_err(|_| Some(Problem::idle()))?;
+        let Some(piece) = piece else { break };
         let piece =
             piece.map_err(|e| Some(Problem::invalid(format!("the body broke off: {e}"))))?;
         seen = seen.saturating_add(piece.len());

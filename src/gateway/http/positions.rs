@@ -23,18 +23,8 @@ pub(super) enum End {
 /// The chosen end of every partition of the topics of `pattern` that can be
 /// asked for now; topics that cannot be found are left out.
 pub(super) async fn of(app: &App, pattern: &Pattern, end: End) -> Positions {
-    let topics: Vec<String> = match pattern.literal() {
-        Some(topic) => vec![topic.to_string()],
-        None => app
-            .topology()
-            .topics
-            .iter()
-            .map(|t| t.name.clone())
-            .filter(|name| pattern.matches(name))
-            .collect(),
-    };
     let mut out = Positions::new();
-    for topic in topics {
+    for topic in topics(app, pattern).await {
         match app.hub().topic_metadata(&topic).await {
             Ok(found) => out.extend(found.partitions.iter().map(|p| {
                 let at = match end {
@@ -49,26 +39,44 @@ pub(super) async fn of(app: &App, pattern: &Pattern, end: End) -> Positions {
     out
 }
 
-/// How to begin where `cursor` stands. Partitions that it does not name begin
-/// at its `since` (what is older is filtered out), or, without one, at the
-/// next message.
+/// How to begin where `cursor` stands. Partitions that it does not name came
+/// after it and begin at their oldest message; where the stream began by a
+/// time, what is older than that is filtered out.
 pub(super) async fn resume(
     app: &App,
     pattern: &Pattern,
     cursor: &Cursor,
 ) -> (StartFrom, Option<Filter>) {
-    let Some(since) = cursor.since else {
-        return (StartFrom::Offsets(cursor.positions.clone()), None);
-    };
     let mut start = of(app, pattern, End::Oldest).await;
     start.extend(cursor.positions.clone());
-    let named = Arc::new(cursor.positions.clone());
-    let filter = Filter::new(move |received| {
-        let partition = received.partition.unwrap_or_default();
-        named.contains_key(&(received.topic.to_string(), partition))
-            || received.message.timestamp >= since
+    let filter = cursor.since.map(|since| {
+        let named = Arc::new(cursor.positions.clone());
+        Filter::new(move |received| {
+            let partition = received.partition.unwrap_or_default();
+            named.contains_key(&(received.topic.to_string(), partition))
+                || received.message.timestamp >= since
+        })
     });
-    (StartFrom::Offsets(start), Some(filter))
+    (StartFrom::Offsets(start), filter)
+}
+
+/// The streams of `pattern` that exist now; those of the topology while their
+/// broker cannot be asked.
+async fn topics(app: &App, pattern: &Pattern) -> Vec<String> {
+    if let Some(topic) = pattern.literal() {
+        return vec![topic.to_string()];
+    }
+    let all: Vec<String> = match app.hub().list_topics().await {
+        Ok(found) => found.iter().map(ToString::to_string).collect(),
+        Err(e) => {
+            tracing::debug!(error = %e, "the streams that exist are not known");
+            let known = app.topology().topics.iter();
+            known.map(|t| t.name.clone()).collect()
+        }
+    };
+    all.into_iter()
+        .filter(|name| pattern.matches(name))
+        .collect()
 }
 
 /// The primary broker of each topic: offsets mean something only there. What

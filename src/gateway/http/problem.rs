@@ -74,6 +74,16 @@ impl Problem {
         .into()
     }
 
+    /// The body stopped coming.
+    pub(super) fn idle() -> Self {
+        Self::http(
+            StatusCode::REQUEST_TIMEOUT,
+            "TIMEOUT",
+            "the body brought nothing for too long; send it again",
+        )
+        .retry_after(RETRY_AFTER)
+    }
+
     /// A lease token that means nothing here.
     pub(super) fn gone(detail: impl Into<String>) -> Self {
         Self::http(StatusCode::GONE, "LEASE_EXPIRED", detail)

@@ -215,6 +215,9 @@ async fn begin(
             From::Latest => {
                 cursor.positions = positions::of(app, pattern, End::Newest).await;
                 if cursor.positions.is_empty() {
+                    // Nothing is there yet, or nobody can say: the time stands
+                    // in, or a resumed stream would not know where this began.
+                    cursor.since = Some(Timestamp::now());
                     StartFrom::Latest
                 } else {
                     StartFrom::Offsets(cursor.positions.clone())
