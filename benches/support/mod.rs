@@ -1,9 +1,13 @@
 //! What benchmarks share: brokers to run on, payloads, and pairs of rates.
 
-use std::{path::PathBuf, process::Command};
+pub(crate) mod raw_amqp;
+pub(crate) mod raw_kafka;
+
+use std::{path::PathBuf, process::Command, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
+use messaging_hub::Message;
 
 /// Where RabbitMQ and Kafka are; those started here end with this.
 pub(crate) struct Brokers {
@@ -51,7 +55,9 @@ impl Brokers {
         self.started.push(folder);
         let said: serde_json::Value = serde_json::from_slice(&output.stdout)?;
         let found = said.pointer(field).context("the launcher's answer")?;
-        Ok(found.as_str().map_or_else(|| found.to_string(), str::to_owned))
+        Ok(found
+            .as_str()
+            .map_or_else(|| found.to_string(), str::to_owned))
     }
 }
 
@@ -65,12 +71,12 @@ impl Drop for Brokers {
 }
 
 /// 128 bytes that do not compress, one of a few.
-pub(crate) fn body(n: usize) -> Bytes {
+fn body(n: usize) -> Bytes {
     static BODIES: std::sync::OnceLock<Vec<Bytes>> = std::sync::OnceLock::new();
     let bodies = BODIES.get_or_init(|| {
         let mut random = fastrand::Rng::with_seed(1);
         (0..BODIES_KEPT)
-            .map(|_| (0..super::PAYLOAD).map(|_| random.u8(..)).collect())
+            .map(|_| (0..PAYLOAD).map(|_| random.u8(..)).collect())
             .collect()
     });
     bodies.get(n % BODIES_KEPT).cloned().unwrap_or_default()
@@ -79,6 +85,23 @@ pub(crate) fn body(n: usize) -> Bytes {
 /// One of a few keys, so that every partition is used.
 pub(crate) fn key(n: usize) -> String {
     format!("key-{}", n % KEYS)
+}
+
+/// The message of both sides.
+pub(crate) fn message(n: usize, keyed: bool) -> Message {
+    let message = Message::new(KIND, body(n)).with_content_type("application/json");
+    if keyed {
+        message.with_key(key(n))
+    } else {
+        message
+    }
+}
+
+/// Messages a second.
+pub(crate) fn rate(count: usize, since: Instant) -> f64 {
+    #[allow(clippy::cast_precision_loss)]
+    let count = count as f64;
+    count / since.elapsed().as_secs_f64()
 }
 
 /// The machine's load, as Linux tells it.
@@ -128,7 +151,11 @@ impl Pairs {
         let (raw, raw_min, raw_max) = of(|r| r.0);
         let (hub, hub_min, hub_max) = of(|r| r.1);
         let (ratio, ratio_min, ratio_max) = of(|r| r.1 / r.0);
-        println!("{}: median (min-max) of {} pairs", self.name, self.rates.len());
+        println!(
+            "{}: median (min-max) of {} pairs",
+            self.name,
+            self.rates.len()
+        );
         println!("  raw     {raw:.0}/s ({raw_min:.0}-{raw_max:.0})");
         println!("  hub     {hub:.0}/s ({hub_min:.0}-{hub_max:.0})");
         println!("  hub/raw {ratio:.3} ({ratio_min:.3}-{ratio_max:.3})");
@@ -136,5 +163,8 @@ impl Pairs {
 }
 
 const LAUNCHER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/brokers");
+/// Bytes of a payload.
+pub(crate) const PAYLOAD: usize = 128;
+const KIND: &str = "bench";
 const BODIES_KEPT: usize = 1024;
 const KEYS: usize = 60;

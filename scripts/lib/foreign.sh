@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # What the checks with foreign clients share: the binary, a Python with the
 # clients, and brokers that end with the script. Sourced; the caller has set
-# `root`, `infra` and `work`.
+# `name`, `root`, `infra` and `work`.
+# shellcheck disable=SC2154
 
 say() { echo "$name: $*" >&2; }
 fail() {
