@@ -212,6 +212,22 @@ impl MessagingHub {
             .on(topic.as_str())
             .with_id(message.id.as_str()));
         }
+        if message.key.is_none()
+            && entry.broker.broker_type() == BrokerType::Kafka
+            && self
+                .0
+                .topology
+                .topic(topic)
+                .is_some_and(|t| t.options.cleanup_policy.contains("compact"))
+        {
+            // Kafka would refuse it too, and with it the batch that it is in.
+            return Err(Error::rejected(
+                ErrorCode::MessageInvalid,
+                "the topic is compacted, which keeps the last message of each key; give the message a key",
+            )
+            .on(topic.as_str())
+            .with_id(message.id.as_str()));
+        }
         let scheduled = message.task.as_ref().and_then(|t| t.scheduled_at);
         if scheduled.is_some_and(|at| at > crate::message::Timestamp::now())
             && entry.broker.broker_type() != BrokerType::InMemory

@@ -102,6 +102,10 @@ impl MessageBroker for EmbeddedBroker {
         BrokerType::InMemory
     }
 
+    async fn topology(&self, apply: bool) -> Result<TopologyReport> {
+        Self::topology(self, apply).await
+    }
+
     async fn connect(&self) -> Result<()> {
         let shared = &self.shared;
         if shared.closed.is_cancelled() {

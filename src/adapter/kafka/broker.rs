@@ -254,6 +254,10 @@ impl MessageBroker for KafkaBroker {
         BrokerType::Kafka
     }
 
+    async fn topology(&self, apply: bool) -> Result<TopologyReport> {
+        Self::topology(self, apply).await
+    }
+
     fn window(&self) -> usize {
         self.backend.config.window
     }

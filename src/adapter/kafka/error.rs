@@ -111,6 +111,12 @@ pub(super) fn fate(error: &KafkaError, topic: &str, bytes: usize, batch_bytes: u
                 "too few replicas are in sync, or a quota holds; nothing was stored".to_owned(),
             ))
         }
+        // Its batch was turned down for another record's sake: it is not stored,
+        // and acceptable by itself.
+        Code::InvalidDifferentRecord => Fate::Overloaded(make(
+            ErrorCode::PublishFailed,
+            "another record of the same batch was refused; try again".to_owned(),
+        )),
         Code::MessageTimedOut => Fate::Unknown(make(
             ErrorCode::ConfirmTimeout,
             "no outcome within kafka.message_timeout; the record may be stored".to_owned(),

@@ -92,6 +92,10 @@ impl MessageBroker for RabbitMqBroker {
         BrokerType::RabbitMq
     }
 
+    async fn topology(&self, apply: bool) -> Result<TopologyReport> {
+        Self::topology(self, apply).await
+    }
+
     fn window(&self) -> usize {
         self.shared.config.window
     }

@@ -151,12 +151,16 @@ impl Serving<'_> {
                     return End::Stopped;
                 }
                 () = session.stopping.cancelled(), if consumer.is_some() => {
-                    consumer = None;
-                    self.stop_reading(&mut waiting, &mut waiting_tags, &mut settle).await;
+                    if let Some(consumer) = consumer.take() {
+                        self.stop_reading(consumer, &mut waiting, &mut waiting_tags, &mut settle)
+                            .await;
+                    }
                 }
                 () = session.deliveries.closed(), if consumer.is_some() => {
-                    consumer = None;
-                    self.stop_reading(&mut waiting, &mut waiting_tags, &mut settle).await;
+                    if let Some(consumer) = consumer.take() {
+                        self.stop_reading(consumer, &mut waiting, &mut waiting_tags, &mut settle)
+                            .await;
+                    }
                 }
                 n = settlements.recv_many(&mut verdicts, BATCH), if hearing => {
                     // Nobody is left who could give a verdict.
@@ -274,6 +278,7 @@ impl Serving<'_> {
     /// Stops the server from sending more, and gives back what no reader has.
     async fn stop_reading(
         &mut self,
+        mut consumer: lapin::Consumer,
         waiting: &mut Vec<Delivery>,
         tags: &mut Vec<u64>,
         settle: &mut Option<mpsc::UnboundedSender<Settlement>>,
@@ -285,6 +290,23 @@ impl Serving<'_> {
         );
         if let Ok(Err(e)) = link.bounded(link.patience, cancel).await {
             debug!(queue = self.queue, error = %e, "cancelling a consumer failed");
+        }
+        // The server had sent more than was read. Left in the client's buffer it
+        // would belong to this channel, and be invisible to everybody, until the
+        // last reader settles what it holds; so it is taken in and goes back.
+        let rest = async {
+            while let Some(Ok(delivery)) = consumer.next().await {
+                tags.push(delivery.delivery_tag);
+                if let Some(settle) = settle.as_ref() {
+                    waiting.push(self.receive(delivery, settle));
+                }
+            }
+        };
+        if link.bounded(link.patience, rest).await.is_err() {
+            debug!(
+                queue = self.queue,
+                "a cancelled consumer did not end in time"
+            );
         }
         if self.session.plan.unsettled {
             // Nobody settles these: they go back when the channel closes.
