@@ -58,12 +58,13 @@ test-faults: build-tools
 	@scripts/brokers install all
 	MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --test 'fault*' -- --nocapture
 
-## make bench              side by side with the bare clients, on real brokers
+## make bench              confirmed publishing side by side with the bare clients
 bench: build-tools
 	@scripts/brokers install all
-	cargo run --release --locked --bin messaging-hub -- bench all
+	cargo bench --locked --bench confirmed_publish
 
-## make challenges         the scripts that try the hub from outside
+## make challenges         the hub tried from outside, by clients and input not ours
 challenges: build-tools
 	@scripts/brokers install all
-	@set -e; for script in challenges/scripts/*.sh; do echo "== $$script"; $$script; done
+	scripts/check-foreign
+	scripts/check-bad-input
