@@ -380,3 +380,7 @@ async fn hand_over(out: &Option<mpsc::Sender<Vec<Delivery>>>, batch: &mut Vec<De
         None => false,
     }
 }
+
+#[cfg(test)]
+#[path = "span_tests.rs"]
+mod tests;

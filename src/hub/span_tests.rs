@@ -1,0 +1,157 @@
+//! A span between a source that is played by hand and a reader.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::{Parts, start};
+use crate::{
+    broker::{
+        BrokerType, ConnectionState, Consumer, ConsumerControl, Delivery, Received, RetryMode,
+        Settlement, Verdict, consumer::ConsumerState,
+    },
+    config::WindowSettings,
+    error::{Error, ErrorCode},
+    hub::group::Group,
+    message::{
+        Message, MessageId,
+        wire::{Failure, Marks},
+    },
+    topic::Topic,
+};
+
+struct Source {
+    deliveries: mpsc::Sender<Vec<Delivery>>,
+    settlements: mpsc::UnboundedSender<Settlement>,
+    verdicts: mpsc::UnboundedReceiver<Settlement>,
+    report: watch::Sender<ConsumerState>,
+    _connection: watch::Sender<ConnectionState>,
+    tag: u64,
+}
+
+fn span() -> (Source, Consumer) {
+    let (control, _, report) = ConsumerControl::new();
+    let (deliveries, from_source) = mpsc::channel(4);
+    let (settlements, verdicts) = mpsc::unbounded_channel();
+    let (connection, connected) = watch::channel(ConnectionState {
+        connected: true,
+        ..ConnectionState::default()
+    });
+    let (consumer, task) = start(Parts {
+        primary: Consumer {
+            deliveries: from_source,
+            control,
+            retry: RetryMode::Broker,
+        },
+        connection: connected,
+        local: None,
+        group: Arc::new(Group::new(&WindowSettings {
+            age: Duration::from_secs(60),
+            ids: 100,
+        })),
+        closing: CancellationToken::new(),
+        buffer: 4,
+    });
+    tokio::spawn(task);
+    let source = Source {
+        deliveries,
+        settlements,
+        verdicts,
+        report,
+        _connection: connection,
+        tag: 0,
+    };
+    (source, consumer)
+}
+
+impl Source {
+    async fn deliver(&mut self, id: &str, attempt: u32) -> u64 {
+        let mut message = Message::new("t", "x").with_id(MessageId::new(id).unwrap());
+        message.retry_count = attempt;
+        let received = Received {
+            topic: Topic::new("tasks").unwrap(),
+            message: Arc::new(message),
+            marks: Arc::new(Marks::default()),
+            via: BrokerType::RabbitMq,
+        };
+        self.tag += 1;
+        let delivery = Delivery::new(received, self.settlements.clone(), self.tag);
+        self.deliveries.send(vec![delivery]).await.unwrap();
+        self.tag
+    }
+
+    async fn verdict(&mut self) -> Settlement {
+        self.verdicts.recv().await.unwrap()
+    }
+}
+
+async fn next(consumer: &mut Consumer) -> Delivery {
+    consumer.deliveries.recv().await.unwrap().pop().unwrap()
+}
+
+fn retry() -> Verdict {
+    Verdict::Retry {
+        delay: Duration::from_secs(60),
+        failure: Failure::now("handler_error", "boom", "tasks", None),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_that_was_not_carried_out_is_handed_out_again() {
+    let (mut source, mut consumer) = span();
+    source.deliver("a", 0).await;
+    next(&mut consumer).await.settle_now(retry());
+    let settlement = source.verdict().await;
+    assert!(matches!(settlement.verdict, Verdict::Retry { .. }));
+    let refused = Error::new(ErrorCode::NackFailed, "the retry queue is full");
+    settlement.done.unwrap().send(Err(refused)).unwrap();
+    // The source gives the original back, under the attempt it had.
+    source.deliver("a", 0).await;
+    assert_eq!(next(&mut consumer).await.message.id.as_str(), "a");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_whose_source_died_is_handed_out_again() {
+    let (mut source, mut consumer) = span();
+    source.deliver("a", 0).await;
+    next(&mut consumer).await.settle_now(retry());
+    drop(source.verdict().await);
+    source.deliver("a", 0).await;
+    assert_eq!(next(&mut consumer).await.message.id.as_str(), "a");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_of_an_attempt_that_was_retried_is_acked_and_the_next_attempt_is_new() {
+    let (mut source, mut consumer) = span();
+    source.deliver("a", 0).await;
+    next(&mut consumer).await.settle_now(retry());
+    source.verdict().await.done.unwrap().send(Ok(())).unwrap();
+    // The next attempt waits for the lease of this one to end, which it has
+    // once it comes through.
+    source.deliver("a", 1).await;
+    let second = next(&mut consumer).await;
+    assert_eq!(second.retry_count, 1);
+    second.settle_now(Verdict::Ack);
+    assert!(matches!(source.verdict().await.verdict, Verdict::Ack));
+    let copy = source.deliver("a", 0).await;
+    let settlement = source.verdict().await;
+    assert_eq!(settlement.tag, copy);
+    assert!(matches!(settlement.verdict, Verdict::Ack));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_ends_by_itself_ends_the_span_with_its_last_word() {
+    let (source, mut consumer) = span();
+    let Source {
+        deliveries, report, ..
+    } = source;
+    drop(deliveries);
+    assert!(consumer.deliveries.recv().await.is_none());
+    report.send_replace(ConsumerState::Failed("the queue is gone".into()));
+    consumer.control.stop().await;
+    assert_eq!(
+        consumer.control.failure().as_deref(),
+        Some("the queue is gone")
+    );
+}
