@@ -185,8 +185,12 @@ impl Span {
                 // Noticed also while nothing arrives: an abandoned reader must
                 // not go on holding a subscription that takes from others.
                 () = abandoned(&self.out), if self.out.is_some() => self.stopping.cancel(),
-                batch = self.parts.primary.deliveries.recv(), if want && primary_open => {
+                batch = self.parts.primary.deliveries.recv(), if (want || self.out.is_none()) && primary_open => {
                     match batch {
+                        // A source with room promised to it may still send after
+                        // the stop: that goes back too, or the source waits for
+                        // its settlement for ever.
+                        Some(late) if self.out.is_none() => drop(late),
                         Some(batch) => pending = self.take(batch),
                         // The source has ended, by itself or because its broker
                         // was closed; its last word may come a little later.
@@ -204,7 +208,7 @@ impl Span {
                 Ok(()) = self.parts.connection.changed() => {}
             }
             let idle = self.moving.is_empty() && self.answers.is_empty();
-            if self.out.is_none() && self.held.is_empty() && idle {
+            if self.out.is_none() && !primary_open && self.held.is_empty() && idle {
                 break;
             }
         }

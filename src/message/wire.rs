@@ -575,6 +575,20 @@ mod tests {
     }
 
     #[test]
+    fn a_trace_id_comes_back_as_it_was_and_leaves_no_header() {
+        for trace in [
+            "4bf92f3577b34da6a3ce929d0e0e4736",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            "not W3C's",
+        ] {
+            let message = Message::default().with_trace_id(trace);
+            let (back, _) = round_trip(&message, &Marks::default(), Carrier::Kafka);
+            assert_eq!(back.trace_id.as_deref(), Some(trace));
+            assert!(back.headers.is_empty(), "{:?}", back.headers);
+        }
+    }
+
+    #[test]
     fn an_event_survives_both_carriers() {
         let mut event = Event::new("debate.round", "/hub", "{}");
         event.subject = Some("s".into());

@@ -106,7 +106,7 @@ checks! {
     STREAM order::one_key_stays_in_one_partition [] late;
     STREAM order::handlers_of_one_key_run_in_order [PerKeyOrder];
     BOTH closing::readers_may_come_and_go_without_loss [] late;
-    BOTH closing::ten_readers_closed_at_once_lose_nothing [];
+    BOTH closing::ten_readers_closed_at_once_lose_nothing [] late;
     BOTH closing::a_dropped_reader_loses_nothing [] late;
     BOTH closing::a_lost_reader_leaves_its_share_to_the_others [];
     BOTH closing::stopping_wakes_a_waiting_reader [];
