@@ -36,10 +36,11 @@ pub(super) async fn publishers_and_readers_go_on_after_two_kills(
     const EACH: usize = 100;
     const EVERYTHING: usize = PUBLISHERS * EACH;
     let client = f.client().await?;
-    let topic = lasting(&f, &client).await?;
+    let topic = f.topic(&client).await?;
     let log = Arc::new(Log::default());
     log.expect(&topic, &[GROUP]);
     let mut reader = f.reader(&client, &topic, &f.options()).await?;
+    settle_declarations(&f).await;
     let progress = Arc::new(Progress::default());
     let mut publishers = JoinSet::new();
     for publisher in 0..PUBLISHERS {
@@ -89,7 +90,8 @@ pub(super) async fn what_was_confirmed_survives_a_kill(f: Fixture) -> Result<(),
     const PUBLISHERS: usize = 8;
     const BEFORE: usize = 500;
     let client = f.client().await?;
-    let topic = lasting(&f, &client).await?;
+    let topic = f.topic(&client).await?;
+    settle_declarations(&f).await;
     let log = Arc::new(Log::default());
     log.expect(&topic, &[GROUP]);
     let progress = Arc::new(Progress::default());
@@ -142,8 +144,9 @@ pub(super) async fn what_was_confirmed_survives_a_kill(f: Fixture) -> Result<(),
 
 pub(super) async fn a_reader_goes_on_after_a_kill(f: Fixture) -> Result<(), Failure> {
     let client = f.client().await?;
-    let topic = lasting(&f, &client).await?;
+    let topic = f.topic(&client).await?;
     let mut reader = f.reader(&client, &topic, &f.options()).await?;
+    settle_declarations(&f).await;
     let mut missing = f.publish_numbered(&client, &topic, 5).await?;
     let held = reader.take(5).await?;
     restart(f.restart()?).await?;
@@ -183,7 +186,8 @@ pub(super) async fn while_the_server_is_away_no_delivery_is_claimed(
 ) -> Result<(), Failure> {
     const ATTEMPTS: usize = 5;
     let client = f.client().await?;
-    let topic = lasting(&f, &client).await?;
+    let topic = f.topic(&client).await?;
+    settle_declarations(&f).await;
     f.publish_numbered(&client, &topic, 1).await?;
     let log = Log::default();
     log.expect(&topic, &[GROUP]);
@@ -252,12 +256,10 @@ pub(super) async fn while_the_server_is_away_no_delivery_is_claimed(
     }
 }
 
-/// A topic that a kill of the server leaves as it is.
-async fn lasting(f: &Fixture, client: &Arc<dyn Target>) -> Result<Topic, Failure> {
-    let topic = f.topic(client).await?;
-    // Nothing tells when the server's own records are on disk.
+/// Waits until a kill leaves what was declared, for readers too, as it is:
+/// nothing tells when the server's own records are on its disk.
+async fn settle_declarations(f: &Fixture) {
     sleep(f.factory().declaration_settles()).await;
-    Ok(topic)
 }
 
 /// Publishes until it is accepted, under the same id; notes every attempt.
