@@ -181,6 +181,17 @@ fn state_health_and_topology_say_what_stands_there() {
 }
 
 #[test]
+fn a_data_folder_that_cannot_be_made_is_named() {
+    let output = run(&["serve", "--http", "127.0.0.1:0", "--data", "/proc/nowhere"]);
+    assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+    assert!(
+        err(&output).contains("cannot make the data folder /proc/nowhere"),
+        "{}",
+        err(&output)
+    );
+}
+
+#[test]
 fn wrong_usage_is_2_and_failure_is_1_with_what_to_do() {
     for arguments in [
         &["nonsense"][..],
@@ -188,7 +199,6 @@ fn wrong_usage_is_2_and_failure_is_1_with_what_to_do() {
         &["publish", "t", "--header", "x"],
         &["subscribe", "t", "--count", "0"],
         &["serve", "--tcp", "127.0.0.1:9080"],
-        &["serve", "--data", "/nowhere"],
         &["state", "--url", "nonsense"],
         &[],
     ] {

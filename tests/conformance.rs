@@ -145,4 +145,4 @@ const HUB_OVER_EMBEDDED: &str = "hub over embedded";
 
 /// Checks that run at a time. Most of a check is waiting, for what must not
 /// come; more at once than this and two cores make each other late.
-const AT_ONCE: usize = 6;
+const AT_ONCE: usize = 3;

@@ -11,6 +11,7 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
     config::FromClientConfigAndContext,
     consumer::Consumer as _,
+    error::KafkaError,
     types::RDKafkaErrorCode as Code,
 };
 
@@ -18,7 +19,7 @@ use super::{
     client,
     config::KafkaConfig,
     connection::Asker,
-    error::{failed, invalid},
+    error::{failed, invalid, raw_code},
     link::{Link, LinkContext},
     producer::Reaper,
     topics::{TopicFacts, Topics},
@@ -92,7 +93,14 @@ impl Admin {
         let topics = Arc::clone(&self.topics);
         let name = topic.clone();
         self.ask(move |asker| {
-            let metadata = asker.fetch_metadata(Some(&name), QUESTION).map_err(|e| {
+            let look = || asker.fetch_metadata(Some(&name), QUESTION);
+            // The connection broke under the question; the next makes another.
+            let broke = |e: &KafkaError| raw_code(e) == Some(Code::BrokerTransportFailure);
+            let metadata = match look() {
+                Err(e) if broke(&e) => look(),
+                answer => answer,
+            };
+            let metadata = metadata.map_err(|e| {
                 failed(ErrorCode::ConnectionFailed, "looking up a topic", e).on(name.as_str())
             })?;
             topics.learn(&metadata, false);
