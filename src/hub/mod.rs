@@ -15,6 +15,7 @@ mod consume;
 mod dead;
 mod dedup;
 mod group;
+mod handover;
 mod health;
 mod intake;
 mod lane;

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     group::{Group, Lease, Taken},
+    handover::hand_over,
     lane::task::{Reader, Readers},
 };
 use crate::broker::{
@@ -364,20 +365,6 @@ async fn abandoned(out: &Option<mpsc::Sender<Vec<Delivery>>>) {
     match out {
         Some(out) => out.closed().await,
         None => std::future::pending().await,
-    }
-}
-
-/// Passes a batch to the reader once it has room. False when it is gone.
-async fn hand_over(out: &Option<mpsc::Sender<Vec<Delivery>>>, batch: &mut Vec<Delivery>) -> bool {
-    match out {
-        Some(out) => match out.reserve().await {
-            Ok(permit) => {
-                permit.send(std::mem::take(batch));
-                true
-            }
-            Err(_) => false,
-        },
-        None => false,
     }
 }
 

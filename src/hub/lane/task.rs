@@ -31,6 +31,7 @@ use crate::{
     hub::{
         accepted::Seen,
         dead::DeadLetters,
+        handover::hand_over,
         health::Health,
         spool::Seq,
         state::{LaneState, RouteState, StateChange},
@@ -637,25 +638,6 @@ async fn receive(
     match lane {
         Some(lane) => lane.recv_many(into, TURN).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Passes the outbox to the adapter once it has room. False when the lane has
-/// ended. Nothing is lost when this is dropped half-way: the outbox is emptied
-/// only with the permit in hand.
-async fn hand_over(
-    lane: &Option<mpsc::Sender<Vec<Submission>>>,
-    outbox: &mut Vec<Submission>,
-) -> bool {
-    match lane {
-        Some(lane) => match lane.reserve().await {
-            Ok(permit) => {
-                permit.send(std::mem::take(outbox));
-                true
-            }
-            Err(_) => false,
-        },
-        None => false,
     }
 }
 
