@@ -19,6 +19,7 @@ use super::{
     client,
     config::KafkaConfig,
     connection::Asker,
+    consumer::steady,
     error::{failed, invalid, raw_code},
     link::{Link, LinkContext},
     producer::Reaper,
@@ -247,9 +248,8 @@ impl Admin {
             });
             let mut partitions = Vec::new();
             for p in found.ok_or_else(|| not_found(&name))?.partitions() {
-                let (low, high) = asker
-                    .fetch_watermarks(&name, p.id(), QUESTION)
-                    .map_err(fail)?;
+                let (low, high) =
+                    steady(|| asker.fetch_watermarks(&name, p.id(), QUESTION)).map_err(fail)?;
                 partitions.push(PartitionMetadata {
                     id: p.id(),
                     leader: p.leader(),

@@ -10,14 +10,14 @@ use std::{
 };
 
 use tokio::{
-    sync::Notify,
+    sync::{Notify, watch},
     task::JoinSet,
     time::{Instant, sleep, timeout},
 };
 
 use super::delivery::GROUP;
 use crate::{
-    broker::{Outcome, PublishOptions, Verdict},
+    broker::{Delivery, Outcome, PublishOptions, Verdict},
     conformance::{
         Failure, Fixture, Reader, Restart, Target,
         failure::ensure,
@@ -55,20 +55,24 @@ pub(super) async fn publishers_and_readers_go_on_after_two_kills(
             }
         });
     }
+    // A restart that goes on holds the reader's patience up: how long a server
+    // takes to serve again is the machine's affair, not the backend's.
+    let away = Away::default();
     let killing = async {
         for goal in [EVERYTHING / 3, EVERYTHING / 2] {
             progress.reach(goal).await;
-            restart(f.restart()?).await?;
+            away.during(restart(f.restart()?)).await?;
         }
         Ok::<(), Failure>(())
     };
     let reading = async {
         while log.distinct(GROUP) < EVERYTHING {
-            let delivery = timeout(OUTAGE, reader.next_without_deadline()).await;
-            let Ok(Some(delivery)) = delivery else {
+            let Some(delivery) = away.patiently(&mut reader).await else {
                 return Err(Failure::new(format!(
-                    "expected {EVERYTHING} messages through two kills, seen {}: {:?}",
+                    "expected {EVERYTHING} messages through two kills, seen {} \
+                     (accepted {}), then none for {OUTAGE:?} with the server there: {:?}",
                     log.distinct(GROUP),
+                    progress.count.load(Relaxed),
                     log.judge(Demand::AT_LEAST_ONCE).err()
                 )));
             };
@@ -283,15 +287,36 @@ async fn until_accepted(
 }
 
 async fn restart(server: &dyn Restart) -> Result<(), Failure> {
-    let begun = Instant::now();
     server.kill().await.map_err(Failure::new)?;
-    server.start().await.map_err(Failure::new)?;
-    ensure!(
-        begun.elapsed() < OUTAGE,
-        "the server took {:?} to come back",
-        begun.elapsed()
-    );
-    Ok(())
+    server.start().await.map_err(Failure::new)
+}
+
+/// Whether the server is being restarted.
+#[derive(Default)]
+struct Away(watch::Sender<bool>);
+
+impl Away {
+    /// Says so while `restart` goes on.
+    async fn during<T>(&self, restart: impl Future<Output = T>) -> T {
+        self.0.send_replace(true);
+        let done = restart.await;
+        self.0.send_replace(false);
+        done
+    }
+
+    /// The next delivery; none when the consumer has ended, or when nothing came
+    /// for [`OUTAGE`] while the server was there.
+    async fn patiently(&self, reader: &mut Reader) -> Option<Delivery> {
+        let mut away = self.0.subscribe();
+        loop {
+            let there = !*away.borrow_and_update();
+            tokio::select! {
+                delivery = reader.next_without_deadline() => return delivery,
+                _ = away.changed() => {}
+                () = sleep(OUTAGE), if there => return None,
+            }
+        }
+    }
 }
 
 /// Counts accepted messages and wakes who waits for a number of them.
@@ -320,8 +345,8 @@ impl Progress {
     }
 }
 
-/// How long nothing may arrive around a kill: the server's start, leader
-/// election, the group's session time-out.
+/// How long nothing may arrive once the server is back: leader election, the
+/// group's session time-out.
 const OUTAGE: Duration = Duration::from_secs(90);
 
 /// What a publish is given while the server is away.
