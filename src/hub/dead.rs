@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::{sync::mpsc, task::JoinHandle};
 
+use super::lane::keeper::Release;
 use crate::{
     broker::MessageBroker,
     message::{Message, wire::Failure},
@@ -16,6 +17,8 @@ struct Letter {
     topic: Topic,
     message: Arc<Message>,
     failure: Failure,
+    /// What is still kept in the spool until the letter is safe.
+    release: Option<Release>,
 }
 
 /// Takes dead letters from the lanes. Clones feed the same task.
@@ -43,6 +46,9 @@ impl DeadLetters {
                 };
                 match done {
                     Ok(()) => {
+                        if let Some(Err(error)) = letter.release.map(Release::done) {
+                            tracing::error!(%topic, %id, %error, "the spool still keeps a dead letter");
+                        }
                         tracing::warn!(%topic, %id, reason, "a spooled message went to the hub's dead letters");
                     }
                     Err(error) => {
@@ -54,11 +60,18 @@ impl DeadLetters {
         (Self(tx), task)
     }
 
-    pub(crate) fn bury(&self, topic: &Topic, message: Arc<Message>, failure: Failure) {
+    pub(crate) fn bury(
+        &self,
+        topic: &Topic,
+        message: Arc<Message>,
+        failure: Failure,
+        release: Option<Release>,
+    ) {
         let letter = Letter {
             topic: topic.clone(),
             message,
             failure,
+            release,
         };
         if let Err(mpsc::error::SendError(letter)) = self.0.send(letter) {
             tracing::error!(topic = %letter.topic, id = %letter.message.id, "the dead-letter task is gone");

@@ -51,7 +51,7 @@ use self::{
     lane::task::{LaneHandle, Readers},
     publish::{LaneKey, TopicEntry},
     route::{DuringOutage, Route, RouteKind, RouteTable},
-    spool::Budget,
+    spool::{Budget, store::SpoolStore},
     state::{StateChange, Weakness},
 };
 use crate::{
@@ -80,6 +80,8 @@ struct Inner {
     topics: Mutex<HashMap<String, Arc<TopicEntry>>>,
     lanes: Mutex<HashMap<LaneKey, Arc<LaneHandle>>>,
     budget: Arc<Budget>,
+    /// Where spools are kept; none: in memory.
+    store: Mutex<Option<Arc<dyn SpoolStore>>>,
     dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
     accepted: Arc<Accepted>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
@@ -150,6 +152,7 @@ impl MessagingHub {
             topics: Mutex::default(),
             lanes: Mutex::default(),
             budget,
+            store: Mutex::default(),
             dead: Mutex::default(),
             accepted,
             groups: Mutex::default(),

@@ -19,6 +19,7 @@ use super::{
     lock,
     publisher::{Pending, Publisher, State},
     route::{Route, RouteKind},
+    spool::{Entry, Seq, codec::LaneName, store::KeptId},
 };
 use crate::{
     broker::{
@@ -388,12 +389,44 @@ impl MessagingHub {
             )
             .on(entry.topic.as_str()));
         }
-        let handle = Arc::new(task::spawn(self.parts(entry, &key)));
+        let handle = Arc::new(task::spawn(self.parts(entry, &key, Vec::new())));
         lanes.insert(key, handle.clone());
         Ok(handle)
     }
 
-    fn parts(&self, entry: &TopicEntry, key: &LaneKey) -> task::Parts {
+    /// Starts a lane with what an earlier process left in its spool.
+    ///
+    /// # Errors
+    /// No broker serves the topic any more; then the messages are given back.
+    pub(super) fn restore_lane(
+        &self,
+        name: LaneName,
+        left: Vec<(Seq, KeptId, Entry)>,
+    ) -> Result<()> {
+        let topic = Topic::new(name.topic)?;
+        let entry = self.entry(&topic)?;
+        let key = LaneKey {
+            topic,
+            lane: name.lane,
+            mandatory: name.mandatory,
+            compression: name.compression,
+            address: name.address,
+        };
+        let handle = Arc::new(task::spawn(self.parts(&entry, &key, left)));
+        lock(&self.0.lanes).insert(key, handle);
+        Ok(())
+    }
+
+    fn parts(
+        &self,
+        entry: &TopicEntry,
+        key: &LaneKey,
+        restored: Vec<(Seq, KeptId, Entry)>,
+    ) -> task::Parts {
+        // A route that spools no longer still lets go of what it had.
+        let kept = entry.route.spool || !restored.is_empty();
+        let store = kept.then(|| lock(&self.0.store).clone()).flatten();
+
         let config = &self.0.config;
         let window = entry.broker.window();
         let ensure = match config.auto_declare {
@@ -420,6 +453,7 @@ impl MessagingHub {
                 hedge: (config.hedge.min, config.hedge.max),
                 suspect_timeout: config.suspect_timeout,
                 spool: entry.route.spool,
+                durable: store.is_some(),
                 budget: self.0.budget.clone(),
                 spool_wait: config.spool.wait,
                 local: is_local(&entry.route),
@@ -429,6 +463,15 @@ impl MessagingHub {
             health: lock(&self.0.health)
                 .get(&entry.broker.broker_type())
                 .cloned(),
+            store,
+            restored,
+            name: LaneName {
+                topic: key.topic.to_string(),
+                lane: key.lane,
+                mandatory: key.mandatory,
+                compression: key.compression,
+                address: key.address.clone(),
+            },
             dead: lock(&self.0.dead).as_ref().map(|(d, _)| d.clone()),
             changes: self.0.changes.clone(),
             recorder: self.0.recorder.clone(),

@@ -66,6 +66,8 @@ pub(crate) struct Settings {
     pub(crate) budget: Arc<Budget>,
     /// How long a publish waits for room in a full spool.
     pub(crate) spool_wait: Duration,
+    /// Whether what is spooled outlives the process.
+    pub(crate) durable: bool,
     /// Whether local handlers may take spooled messages during an outage.
     pub(crate) local: bool,
     /// How long an overloaded primary is left alone.
@@ -94,10 +96,20 @@ pub(crate) enum Action<W> {
     Open,
     /// Drop the open lane; its generation is over.
     EndGeneration,
-    /// Move a message to the hub's dead letters.
-    DeadLetter(Arc<Message>, Failure),
-    /// A copy was spooled; live readers may want to read along.
-    Spooled(Seq),
+    /// A message came into the spool: keep it where the spool is kept, then
+    /// tell its publisher so. Live readers may want to read along.
+    Store { seq: Seq, entry: Entry, waiter: W },
+    /// A spooled message was changed in place; what is kept of it is outdated.
+    Rewrite(Seq),
+    /// The spool let go of a message; nothing has to be kept of it.
+    Remove(Seq),
+    /// Move a message from the spool to the hub's dead letters. It is kept
+    /// until they have it.
+    DeadLetter {
+        seq: Seq,
+        message: Arc<Message>,
+        failure: Failure,
+    },
     /// The state changed.
     Changed {
         from: LaneState,
@@ -266,6 +278,22 @@ impl<W> Machine<W> {
 
     // ----- events -----
 
+    /// Takes up what an earlier process left in the spool, before anything
+    /// else happens. It has its room whether there is any or not: it was
+    /// accepted. What was written when that process died cannot be told from
+    /// what was not, so all of it may be a duplicate.
+    pub(crate) fn restore(&mut self, seq: Seq, mut entry: Entry) {
+        entry.marks.possible_duplicate = true;
+        entry.size = entry.message.size() + ENTRY_OVERHEAD;
+        if self.settings.spool {
+            self.settings.budget.take_anyway(entry.size);
+        }
+        self.next_seq = self.next_seq.max(seq + 1);
+        self.spool.insert(seq, entry, Status::Ready);
+        // Nothing is written before the broker is asked for a lane.
+        self.state = LaneState::Degraded;
+    }
+
     /// The broker is not there at all, as far as is known.
     pub(crate) fn broker_away(&mut self, now: Now) {
         if !self.open && self.state == LaneState::Primary {
@@ -410,7 +438,7 @@ impl<W> Machine<W> {
     }
 
     /// The hub closes: nothing rests any longer, since what is not written now
-    /// is lost with a memory spool.
+    /// is lost with a memory spool. A durable one is left to the next process.
     pub(crate) fn close(&mut self, now: Now) {
         self.closing = true;
         self.pump(now);
@@ -418,7 +446,12 @@ impl<W> Machine<W> {
 
     /// Whether the spool can still be moved to the primary.
     pub(crate) fn is_draining(&self) -> bool {
-        self.open && !self.spool.is_empty()
+        self.open && !self.spool.is_empty() && !self.leaves_the_rest()
+    }
+
+    /// Closing, with a spool that the next process takes up.
+    fn leaves_the_rest(&self) -> bool {
+        self.closing && self.settings.durable
     }
 
     /// Time has passed.
@@ -503,13 +536,9 @@ impl<W> Machine<W> {
                     e.due = Some(now.wall + delay);
                 });
                 self.spool.set(seq, Status::Ready);
+                self.actions.push(Action::Rewrite(seq));
             }
-            Verdict::DeadLetter { failure } => {
-                if let Some(entry) = self.forget(seq) {
-                    self.actions
-                        .push(Action::DeadLetter(entry.message, failure));
-                }
-            }
+            Verdict::DeadLetter { failure } => self.bury(seq, failure),
         }
         self.pump(now);
         true
@@ -604,12 +633,15 @@ impl<W> Machine<W> {
 
     /// Spools a message that a publisher waits for, and tells the publisher.
     fn file(&mut self, seq: Seq, entry: Entry, waiter: W, status: Status) {
+        let mut kept = entry.clone();
+        // What is read back by another process was in doubt when this one died.
+        kept.marks.possible_duplicate |= status == Status::InDoubt;
         self.spool.insert(seq, entry, status);
-        self.actions.push(Action::Spooled(seq));
-        self.actions.push(Action::Answer(
+        self.actions.push(Action::Store {
+            seq,
+            entry: kept,
             waiter,
-            Ok(Outcome::Spooled { durable: false }),
-        ));
+        });
     }
 
     /// A submission came back unstored, or perhaps stored (`doubt`).
@@ -647,10 +679,23 @@ impl<W> Machine<W> {
     }
 
     /// Takes an entry out of the spool and gives its room back.
-    fn forget(&mut self, seq: Seq) -> Option<Entry> {
-        let entry = self.spool.remove(seq)?;
-        self.release(entry.size);
-        Some(entry)
+    fn forget(&mut self, seq: Seq) {
+        if let Some(entry) = self.spool.remove(seq) {
+            self.release(entry.size);
+            self.actions.push(Action::Remove(seq));
+        }
+    }
+
+    /// Takes an entry out of the spool for the dead letters.
+    fn bury(&mut self, seq: Seq, failure: Failure) {
+        if let Some(entry) = self.spool.remove(seq) {
+            self.release(entry.size);
+            self.actions.push(Action::DeadLetter {
+                seq,
+                message: entry.message,
+                failure,
+            });
+        }
     }
 
     fn release(&self, size: usize) {
@@ -676,40 +721,38 @@ impl<W> Machine<W> {
     }
 
     fn refuse_spooled(&mut self, seq: Seq, error: &Error) {
-        if let Some(entry) = self.forget(seq) {
+        if let Some(entry) = self.spool.get(seq) {
             let failure = Failure::now(
                 "refused",
                 error.to_string(),
                 &self.settings.topic,
                 entry.marks.failure.as_ref(),
             );
-            self.actions
-                .push(Action::DeadLetter(entry.message, failure));
+            self.bury(seq, failure);
         }
     }
 
     fn bury_if_expired(&mut self, now: Now, seq: Seq) -> bool {
-        let expired = self
-            .spool
-            .get(seq)
-            .is_some_and(|e| e.message.is_expired(now.wall));
-        if expired && let Some(entry) = self.forget(seq) {
-            let failure = Failure::now(
-                "expired",
-                "the message expired in the spool",
-                &self.settings.topic,
-                entry.marks.failure.as_ref(),
-            );
-            self.actions
-                .push(Action::DeadLetter(entry.message, failure));
+        let Some(entry) = self.spool.get(seq) else {
+            return false;
+        };
+        if !entry.message.is_expired(now.wall) {
+            return false;
         }
-        expired
+        let failure = Failure::now(
+            "expired",
+            "the message expired in the spool",
+            &self.settings.topic,
+            entry.marks.failure.as_ref(),
+        );
+        self.bury(seq, failure);
+        true
     }
 
     /// Does whatever the state allows now: ends a suspicion, drains, admits.
     fn pump(&mut self, now: Now) {
-        self.spool
-            .wake(if self.closing { far_future() } else { now.wall });
+        let hurry = self.closing && !self.settings.durable;
+        self.spool.wake(if hurry { far_future() } else { now.wall });
         if self.state == LaneState::Suspect
             && self.spool.in_doubt() == 0
             && self.in_flight.is_empty()
@@ -751,7 +794,7 @@ impl<W> Machine<W> {
     /// The drain has three quarters of the window; the rest is for new
     /// publishes whose keys the spool does not hold.
     fn drain(&mut self, now: Now, batch: &mut Vec<Submission>) {
-        if !self.may_write() || self.state != LaneState::Draining {
+        if !self.may_write() || self.state != LaneState::Draining || self.leaves_the_rest() {
             return;
         }
         let share = (self.settings.window * 3 / 4).max(1);

@@ -21,7 +21,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{Action, Intake, Machine, Now, Settings};
+use super::{
+    keeper::Keeper,
+    machine::{Action, Intake, Machine, Now, Settings},
+};
 use crate::{
     broker::{
         Confirmation, Delivery, Fate, Lane, LaneOptions, MessageBroker, OrderKey, Outcome, Receipt,
@@ -33,7 +36,11 @@ use crate::{
         dead::DeadLetters,
         handover::hand_over,
         health::Health,
-        spool::Seq,
+        spool::{
+            Entry, Seq,
+            codec::LaneName,
+            store::{KeptId, SpoolStore},
+        },
         state::{LaneState, RouteState, StateChange},
     },
     message::{Message, MessageId, Timestamp, wire::Marks},
@@ -87,6 +94,12 @@ pub(crate) struct Parts {
     pub(crate) ensure: Option<crate::broker::Source>,
     /// The broker's breaker; the embedded broker has none.
     pub(crate) health: Option<Arc<Health>>,
+    /// Where the spool is kept; none: in memory.
+    pub(crate) store: Option<Arc<dyn SpoolStore>>,
+    /// What an earlier process left in it, in publish order.
+    pub(crate) restored: Vec<(Seq, KeptId, Entry)>,
+    /// The lane's name in the store.
+    pub(crate) name: LaneName,
     /// None without a fallback; then nothing is ever spooled.
     pub(crate) dead: Option<DeadLetters>,
     pub(crate) changes: broadcast::Sender<StateChange>,
@@ -176,12 +189,21 @@ const REOPEN_PAUSE: Duration = Duration::from_millis(100);
 const READER_PAUSE: Duration = Duration::from_millis(20);
 
 /// Starts a lane's task.
-pub(crate) fn spawn(parts: Parts) -> LaneHandle {
+pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
     let (intake, items) = mpsc::channel(INTAKE_BOUND);
     let status = Arc::new(Status::default());
     let (settlements, verdicts) = mpsc::unbounded_channel();
+    let mut machine = Machine::new(parts.settings.clone());
+    let mut keeper = Keeper::new(parts.name.clone(), parts.store.take());
+    for (seq, id, entry) in std::mem::take(&mut parts.restored) {
+        keeper.restored(seq, id);
+        machine.restore(seq, entry);
+    }
+    // Seen by whoever asks before the task's first turn.
+    status.show(&machine);
     let task = Task {
-        machine: Machine::new(parts.settings.clone()),
+        machine,
+        keeper,
         parts,
         submissions: None,
         confirmations: None,
@@ -203,6 +225,7 @@ pub(crate) fn spawn(parts: Parts) -> LaneHandle {
 struct Task {
     parts: Parts,
     machine: Machine<Waiter>,
+    keeper: Keeper<Waiter>,
     /// The two ends of the open lane.
     submissions: Option<mpsc::Sender<Vec<Submission>>>,
     confirmations: Option<mpsc::Receiver<Confirmation>>,
@@ -282,6 +305,11 @@ impl Task {
                     debug_assert!(n > 0, "the task holds a sender itself");
                     for s in settled.drain(..) {
                         self.settle(s);
+                    }
+                }
+                () = self.keeper.progress() => {
+                    for (waiter, outcome) in self.keeper.answers() {
+                        self.answer(waiter, Ok(outcome));
                     }
                 }
                 taken = hand_over(&self.submissions, &mut self.outbox),
@@ -408,16 +436,30 @@ impl Task {
                         self.confirmations = None;
                         self.outbox.clear();
                     }
-                    Action::DeadLetter(message, failure) => {
+                    Action::DeadLetter {
+                        seq,
+                        message,
+                        failure,
+                    } => {
                         self.parts.recorder.messages_dead_lettered.inc();
+                        let release = self.keeper.give_away(seq);
                         if let Some(dead) = &self.parts.dead {
-                            dead.bury(&self.parts.topic, message, failure);
+                            dead.bury(&self.parts.topic, message, failure, release);
                         }
                     }
-                    Action::Spooled(seq) => {
+                    Action::Store { seq, entry, waiter } => {
                         self.parts.fallback_usages.fetch_add(1, Relaxed);
+                        if let Some((waiter, outcome)) = self.keeper.store(seq, &entry, waiter) {
+                            self.answer(waiter, Ok(outcome));
+                        }
                         self.read_along(seq);
                     }
+                    Action::Rewrite(seq) => {
+                        if let Some(entry) = self.machine.spool().get(seq) {
+                            self.keeper.rewrite(seq, entry);
+                        }
+                    }
+                    Action::Remove(seq) => self.keeper.remove(seq),
                     Action::Changed { from, to, why } => self.announce(from, to, why),
                 }
             }
@@ -600,7 +642,10 @@ impl Task {
     /// Closing ends when nothing more will happen by itself: no outcome is due
     /// and no drain goes on.
     fn may_end(&self) -> bool {
-        self.machine.is_quiet() && self.leases.is_empty() && !self.machine.is_draining()
+        self.machine.is_quiet()
+            && self.keeper.is_quiet()
+            && self.leases.is_empty()
+            && !self.machine.is_draining()
     }
 }
 

@@ -65,6 +65,7 @@ fn settings(budget: &Arc<Budget>, local: bool) -> Settings {
         spool: true,
         budget: budget.clone(),
         spool_wait: Duration::from_secs(5),
+        durable: false,
         local,
         overload_pause: Duration::from_millis(50),
     }
@@ -144,10 +145,14 @@ impl Sim {
                         self.broker.written.clear();
                         self.broker.confirming.clear();
                     }
-                    Action::DeadLetter(message, _) => {
+                    Action::DeadLetter { message, .. } => {
                         self.dead.insert(message.id.to_string());
                     }
-                    Action::Spooled(_) => {}
+                    Action::Store { waiter, .. } => {
+                        let spooled = Ok(Outcome::Spooled { durable: false });
+                        self.answers.insert(waiter, spooled);
+                    }
+                    Action::Rewrite(_) | Action::Remove(_) => {}
                     Action::Changed { from, to, .. } => self.changes.push((from, to)),
                 }
             }

@@ -6,6 +6,9 @@
 //! that is taken late (its confirm did not come) still stands before everything
 //! that was published after it.
 
+pub(crate) mod codec;
+pub(crate) mod store;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     hash::{BuildHasher, RandomState},
@@ -124,6 +127,12 @@ impl Budget {
             return false;
         }
         true
+    }
+
+    /// Takes room that may not be there, for what was accepted before.
+    pub(crate) fn take_anyway(&self, size: usize) {
+        self.messages.fetch_add(1, Relaxed);
+        self.bytes.fetch_add(size, Relaxed);
     }
 
     /// Whether a message of `size` bytes would find room.

@@ -1,0 +1,270 @@
+//! A spooled message as it is kept: bytes in, bytes out. Pure; it refuses what
+//! it cannot read instead of guessing.
+//!
+//! ```text
+//! version (1 byte) | length of the description (4 bytes, little endian) | description (JSON) | payload
+//! ```
+//!
+//! The payload stands as it is, so that large ones cost a copy and no more.
+
+use std::sync::Arc;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+
+use super::{Entry, Seq};
+use crate::{
+    broker::{Compression, OrderKey},
+    error::{Error, ErrorCode, Result},
+    message::{Message, Timestamp, wire::Failure, wire::Marks},
+};
+
+/// Which lane a message belongs to, in words that outlive the process.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) struct LaneName {
+    pub(crate) topic: String,
+    pub(crate) lane: u32,
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub(crate) mandatory: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) compression: Option<Compression>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) address: Option<(String, String)>,
+}
+
+/// What is read back.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) lane: LaneName,
+    pub(crate) seq: Seq,
+    /// Its `size` is not known yet.
+    pub(crate) entry: Entry,
+}
+
+/// Everything but the payload. Names are short: each message carries them.
+#[derive(Serialize, Deserialize)]
+struct Description {
+    #[serde(flatten)]
+    lane: LaneName,
+    seq: Seq,
+    /// Whose order it keeps when it has no key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    publisher: Option<u64>,
+    since: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    due: Option<i64>,
+    #[serde(default, skip_serializing_if = "is_false")]
+    duplicate: bool,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    settled: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    failure: Option<KeptFailure>,
+    /// With an empty payload.
+    message: Message,
+}
+
+#[derive(Serialize, Deserialize)]
+struct KeptFailure {
+    reason: String,
+    details: String,
+    first: i64,
+    last: i64,
+    topic: String,
+}
+
+/// The form that is written today.
+const VERSION: u8 = 1;
+
+/// Bytes before the description.
+const PREFIX: usize = 5;
+
+/// The bytes that stand for a spooled message.
+pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> {
+    let mut message = (*entry.message).clone();
+    let payload = std::mem::take(&mut message.payload);
+    let description = Description {
+        lane: lane.clone(),
+        seq,
+        publisher: match entry.order {
+            OrderKey::Publisher(number) => Some(number),
+            OrderKey::Key(_) => None,
+        },
+        since: entry.since.as_millis(),
+        due: entry.due.map(Timestamp::as_millis),
+        duplicate: entry.marks.possible_duplicate,
+        settled: entry.marks.settled.clone(),
+        failure: entry.marks.failure.as_ref().map(|f| KeptFailure {
+            reason: f.reason.clone(),
+            details: f.details.clone(),
+            first: f.first.as_millis(),
+            last: f.last.as_millis(),
+            topic: f.original_topic.clone(),
+        }),
+        message,
+    };
+    let json = serde_json::to_vec(&description).map_err(|e| {
+        Error::new(
+            ErrorCode::UnknownError,
+            format!("a spooled message has no durable form: {e}"),
+        )
+    })?;
+    let length = u32::try_from(json.len()).map_err(|e| {
+        Error::new(
+            ErrorCode::MessageTooLarge,
+            "a spooled message's headers are too large to be kept",
+        )
+        .caused_by(e)
+    })?;
+    let mut out = BytesMut::with_capacity(PREFIX + json.len() + payload.len());
+    out.put_u8(VERSION);
+    out.put_u32_le(length);
+    out.put_slice(&json);
+    out.put_slice(&payload);
+    Ok(out.freeze())
+}
+
+/// Reads a spooled message back.
+pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
+    let wrong = |why: String| {
+        Error::new(
+            ErrorCode::InvalidConfig,
+            format!(
+                "a record of the spool cannot be read: {why}; it was written by another version, or is damaged"
+            ),
+        )
+    };
+    let (Some(&version), Some(length)) = (bytes.first(), bytes.get(1..PREFIX)) else {
+        return Err(wrong(format!("it has only {} bytes", bytes.len())));
+    };
+    if version != VERSION {
+        return Err(wrong(format!("its form is {version}, not {VERSION}")));
+    }
+    let length = length
+        .iter()
+        .rev()
+        .fold(0_usize, |n, b| n << 8 | usize::from(*b));
+    let json = bytes
+        .get(PREFIX..PREFIX + length)
+        .ok_or_else(|| wrong("it is cut off".to_owned()))?;
+    let found: Description = serde_json::from_slice(json).map_err(|e| wrong(e.to_string()))?;
+    let mut message = found.message;
+    message.payload = bytes.slice(PREFIX + length..);
+    let order = match (&message.key, found.publisher) {
+        (Some(key), None) => OrderKey::Key(key.bytes()),
+        (_, publisher) => OrderKey::Publisher(publisher.unwrap_or(0)),
+    };
+    Ok(Kept {
+        lane: found.lane,
+        seq: found.seq,
+        entry: Entry {
+            message: Arc::new(message),
+            order,
+            marks: Marks {
+                possible_duplicate: found.duplicate,
+                settled: found.settled,
+                failure: found.failure.map(|f| Failure {
+                    reason: f.reason,
+                    details: f.details,
+                    first: Timestamp::from_millis(f.first),
+                    last: Timestamp::from_millis(f.last),
+                    original_topic: f.topic,
+                }),
+            },
+            // Whatever was asked for then, nobody waits for the answer now.
+            confirm: true,
+            since: Timestamp::from_millis(found.since),
+            size: 0,
+            due: found.due.map(Timestamp::from_millis),
+        },
+    })
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands over references"
+)]
+fn is_false(b: &bool) -> bool {
+    !b
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::message::{MessageId, Priority};
+
+    fn lane() -> LaneName {
+        LaneName {
+            topic: "helixagent.tasks.llm".to_owned(),
+            lane: 3,
+            mandatory: true,
+            compression: Some(Compression::Zstd),
+            address: Some(("x".to_owned(), "y".to_owned())),
+        }
+    }
+
+    fn entry(message: Message) -> Entry {
+        let order = match &message.key {
+            Some(key) => OrderKey::Key(key.bytes()),
+            None => OrderKey::Publisher(77),
+        };
+        Entry {
+            message: Arc::new(message),
+            order,
+            marks: Marks {
+                possible_duplicate: true,
+                settled: vec!["g".to_owned()],
+                failure: Some(Failure {
+                    reason: "r".to_owned(),
+                    details: "d".to_owned(),
+                    first: Timestamp::from_millis(1),
+                    last: Timestamp::from_millis(2),
+                    original_topic: "t".to_owned(),
+                }),
+            },
+            confirm: true,
+            since: Timestamp::from_millis(5),
+            size: 0,
+            due: Some(Timestamp::from_millis(9)),
+        }
+    }
+
+    #[test]
+    fn what_is_kept_comes_back_as_it_was() {
+        let message = Message::new("kind", vec![0_u8, 255, 7])
+            .with_id(MessageId::new("brought").unwrap())
+            .with_key(vec![0xff_u8, 0])
+            .with_priority(Priority::new(7).unwrap())
+            .with_header("h", "v")
+            .with_ttl(std::time::Duration::from_secs(60));
+        for message in [
+            message.clone(),
+            Message {
+                key: None,
+                ..message
+            },
+        ] {
+            let entry = entry(message);
+            let kept = decode(&encode(&lane(), 42, &entry).unwrap()).unwrap();
+            assert_eq!((kept.lane, kept.seq), (lane(), 42));
+            assert_eq!(kept.entry.message, entry.message);
+            assert_eq!(kept.entry.order, entry.order);
+            assert_eq!(kept.entry.marks, entry.marks);
+            assert_eq!(kept.entry.since, entry.since);
+            assert_eq!(kept.entry.due, entry.due);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_refused_at_every_cut() {
+        let whole = encode(&lane(), 1, &entry(Message::new("k", "payload"))).unwrap();
+        let described = whole.len() - "payload".len();
+        for cut in 0..described {
+            assert!(decode(&whole.slice(..cut)).is_err(), "cut at {cut}");
+        }
+        let mut other = whole.to_vec();
+        other[0] = 9;
+        let error = decode(&other.into()).unwrap_err().to_string();
+        assert!(error.contains("its form is 9"), "{error}");
+    }
+}
