@@ -23,6 +23,8 @@ mod metrics;
 mod publish;
 mod publisher;
 pub mod route;
+#[cfg(test)]
+mod simulation;
 mod span;
 mod spool;
 pub mod state;

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// The keeping side of one lane. `W` is whoever waits for an answer.
-pub(super) struct Keeper<W> {
+pub(crate) struct Keeper<W> {
     lane: LaneName,
     store: Option<Store>,
     ids: HashMap<Seq, KeptId>,
@@ -39,7 +39,7 @@ struct Store {
 }
 
 impl<W> Keeper<W> {
-    pub(super) fn new(lane: LaneName, kept: Option<Arc<dyn SpoolStore>>) -> Self {
+    pub(crate) fn new(lane: LaneName, kept: Option<Arc<dyn SpoolStore>>) -> Self {
         Self {
             lane,
             store: kept.map(|kept| Store {
@@ -52,18 +52,18 @@ impl<W> Keeper<W> {
     }
 
     /// Notes what an earlier process kept.
-    pub(super) fn restored(&mut self, seq: Seq, id: KeptId) {
+    pub(crate) fn restored(&mut self, seq: Seq, id: KeptId) {
         self.ids.insert(seq, id);
     }
 
     /// Nobody waits for the disk.
-    pub(super) fn is_quiet(&self) -> bool {
+    pub(crate) fn is_quiet(&self) -> bool {
         self.waiting.is_empty()
     }
 
     /// Keeps a message. Whoever waits is given back, with the answer, unless the
     /// answer has to wait for the disk.
-    pub(super) fn store(&mut self, seq: Seq, entry: &Entry, waiter: W) -> Option<(W, Outcome)> {
+    pub(crate) fn store(&mut self, seq: Seq, entry: &Entry, waiter: W) -> Option<(W, Outcome)> {
         let in_memory = Outcome::Spooled { durable: false };
         let Some(store) = &self.store else {
             return Some((waiter, in_memory));
@@ -87,7 +87,7 @@ impl<W> Keeper<W> {
     }
 
     /// Keeps the new form of a message.
-    pub(super) fn rewrite(&mut self, seq: Seq, entry: &Entry) {
+    pub(crate) fn rewrite(&mut self, seq: Seq, entry: &Entry) {
         let (Some(store), Some(old)) = (&self.store, self.ids.get(&seq)) else {
             return;
         };
@@ -102,7 +102,7 @@ impl<W> Keeper<W> {
     }
 
     /// Lets go of a message.
-    pub(super) fn remove(&mut self, seq: Seq) {
+    pub(crate) fn remove(&mut self, seq: Seq) {
         let (Some(store), Some(id)) = (&self.store, self.ids.remove(&seq)) else {
             return;
         };
@@ -112,7 +112,7 @@ impl<W> Keeper<W> {
     }
 
     /// Hands the duty to let go of a message to somebody else.
-    pub(super) fn give_away(&mut self, seq: Seq) -> Option<Release> {
+    pub(crate) fn give_away(&mut self, seq: Seq) -> Option<Release> {
         let (Some(store), Some(id)) = (&self.store, self.ids.remove(&seq)) else {
             return None;
         };
@@ -125,7 +125,7 @@ impl<W> Keeper<W> {
     /// Waits until the disk has come further; for ever when nobody waits for it.
     ///
     /// Cancel safe: what was seen is taken up by [`Keeper::answers`].
-    pub(super) async fn progress(&mut self) {
+    pub(crate) async fn progress(&mut self) {
         match &mut self.store {
             Some(store) if !self.waiting.is_empty() => {
                 if store.synced.changed().await.is_err() {
@@ -138,7 +138,7 @@ impl<W> Keeper<W> {
     }
 
     /// Everybody whose message is on the disk by now, or never will be.
-    pub(super) fn answers(&mut self) -> Vec<(W, Outcome)> {
+    pub(crate) fn answers(&mut self) -> Vec<(W, Outcome)> {
         let Some(store) = &mut self.store else {
             return Vec::new();
         };
