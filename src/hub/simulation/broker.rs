@@ -61,7 +61,9 @@ pub(super) struct Conn {
     pub(super) lane: usize,
     /// The hub still listens.
     pub(super) open: bool,
-    /// The hub was told that it ends.
+    /// It takes nothing any more.
+    ending: bool,
+    /// The hub was told so.
     pub(super) broken: bool,
     pub(super) pipe: VecDeque<(Submission, bool)>,
     /// Written, and the hub not told what became of it.
@@ -79,6 +81,7 @@ impl Conn {
             incarnation,
             lane,
             open: true,
+            ending: false,
             broken: false,
             pipe: VecDeque::new(),
             untold: BTreeMap::new(),
@@ -110,6 +113,16 @@ impl World {
         let b = usize::from(l > 0);
         // A client of a broker that stands still takes only so much.
         if !self.brokers[b].answers() && self.conns[c].pipe.len() >= self.plan.window / 2 {
+            return;
+        }
+        if self.conns[c].ending {
+            let incarnation = self.conns[c].incarnation;
+            for submission in std::mem::take(&mut lane.outbox) {
+                self.tell(c, submission.token, Fate::Unsent(lost()));
+                if self.processes[p].incarnation != incarnation {
+                    return;
+                }
+            }
             return;
         }
         let conn = &mut self.conns[c];
@@ -217,7 +230,7 @@ impl World {
     /// An answer reaches the client.
     pub(super) fn answer_arrives(&mut self, c: usize, token: u64, fate: Fate) {
         let conn = &mut self.conns[c];
-        if !conn.open || conn.broken {
+        if !conn.open || conn.ending {
             return;
         }
         // A client of the log answers in order; one of the queue by the seed.
@@ -294,9 +307,16 @@ impl World {
     /// A generation ends under its hub: each submission is answered, and then,
     /// at once or much later, the lane is closed.
     pub(super) fn end_conn(&mut self, c: usize, slow: bool) {
-        if !self.conns[c].open || self.conns[c].broken {
+        if !self.conns[c].open {
             return;
         }
+        if self.conns[c].ending {
+            if !slow {
+                self.close_conn(c);
+            }
+            return;
+        }
+        self.conns[c].ending = true;
         // Of what the broker has not read, the client may not have written some.
         let unsent = self.rng.usize(..=self.conns[c].pipe.len());
         let keep = self.conns[c].pipe.len() - unsent;
@@ -325,7 +345,6 @@ impl World {
                 return;
             }
         }
-        self.conns[c].broken = true;
         if slow {
             let after = self.rng.u64(1_000..15_000_000);
             self.post(after, Ev::Close(c));

@@ -68,6 +68,14 @@ pub(super) struct Held {
 
 const PREFETCH: usize = 8;
 
+impl Partition {
+    fn commit(&mut self) {
+        while self.acked.remove(&self.committed) {
+            self.committed += 1;
+        }
+    }
+}
+
 impl Queue {
     pub(super) fn arrives(&mut self, _attempt: Attempt, message: Arc<Message>) {
         self.ready.push_back(message);
@@ -394,11 +402,16 @@ impl World {
         }
         part.acked.insert(offset);
         if commits {
-            while part.acked.remove(&part.committed) {
-                part.committed += 1;
-            }
+            part.commit();
         }
         true
+    }
+
+    /// Whoever commits at an interval has by now.
+    pub(super) fn commit_all(&mut self) {
+        for part in &mut self.partitions {
+            part.commit();
+        }
     }
 
     /// Hands spooled messages to local handlers that have room.

@@ -139,7 +139,10 @@ impl World {
                 self.post(end, Ev::Room(p, incarnation, taken));
             }
             Fault::ConsumerDeath => self.kill_consumer(p, b),
-            Fault::ClockForward => self.wall += self.rng.i64(1..3_600_000),
+            Fault::ClockForward => {
+                self.wall += self.rng.i64(1..3_600_000);
+                self.wall_most = self.wall_most.max(self.wall);
+            }
             Fault::ClockBack => self.wall -= self.rng.i64(1..3_600_000),
         }
     }

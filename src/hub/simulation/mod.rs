@@ -90,6 +90,8 @@ fn the_contract_holds_in_every_simulated_run() {
     }
     let from = variable("SIM_FROM").unwrap_or(0);
     let seeds = variable("SIM_SEEDS").unwrap_or(SEEDS);
+    // Looks at all seeds, and lists those that fail instead of the first alone.
+    let all = variable("SIM_ALL").is_some();
     let next = AtomicU64::new(from);
     let stop = AtomicBool::new(false);
     let total = Mutex::new((Table::default(), 0_u64, 0_u64));
@@ -108,7 +110,10 @@ fn the_contract_holds_in_every_simulated_run() {
                     }
                     let result = run(seed, 0);
                     if let Some(why) = verdict(&result) {
-                        stop.store(true, Relaxed);
+                        if all {
+                            eprintln!("seed {seed}: {why}");
+                        }
+                        stop.store(!all, Relaxed);
                         let mut failed = failed.lock().unwrap();
                         // Of those that failed at once the first is shown.
                         if failed.as_ref().is_none_or(|(s, _)| seed < *s) {

@@ -340,11 +340,7 @@ impl World {
                 return;
             }
             if let Some(c) = self.processes[p].lanes[l].conn {
-                if self.conns[c].broken {
-                    self.close_conn(c);
-                } else {
-                    self.end_conn(c, false);
-                }
+                self.end_conn(c, false);
             }
             if self.processes[p].incarnation != incarnation {
                 return;
@@ -503,6 +499,7 @@ impl World {
     }
 
     fn carry_out(&mut self, p: usize, l: usize, action: Action<Attempt>) {
+        self.note_room(p);
         match action {
             Action::Write(batch) => self.write(p, l, batch),
             Action::Answer(attempt, answer) => self.answer(p, attempt, answer),
@@ -646,11 +643,16 @@ impl World {
         self.oracle.hold(attempt);
     }
 
-    fn note_room(&mut self, p: usize) {
-        let taken = self.oracle.held[p] + self.processes[p].hogged;
-        if taken >= self.plan.room - self.plan.room / 10 {
+    pub(super) fn note_room(&mut self, p: usize) {
+        if self.is_full(p) {
             self.processes[p].full_last = self.now;
         }
+    }
+
+    /// Whether the spool has no room for one more.
+    fn is_full(&self, p: usize) -> bool {
+        let taken = self.oracle.held[p] + self.processes[p].hogged;
+        taken >= self.plan.room - self.plan.room / 10
     }
 
     /// After its actions a lane sees to what is due, and sleeps.
@@ -780,7 +782,7 @@ impl World {
             on_medium: wants_disk && process.disk.is_on_medium(attempt),
             disk_broken: process.disk.is_broken(),
             lane_refused: self.brokers[b].refuses_lanes > 0 || self.brokers[b].refused_last >= published,
-            was_full: process.full_last >= published,
+            was_full: process.full_last >= published || self.is_full(p),
             was_in_the_way: process.lanes.get(life.lane).is_none_or(|x| x.in_the_way >= published),
             sync_bound: 2 * SLOW_SYNC,
         };

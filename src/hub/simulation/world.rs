@@ -104,6 +104,8 @@ pub(super) struct World {
     pub(super) base: Instant,
     /// How far the wall clock is off, in milliseconds.
     pub(super) wall: i64,
+    /// The furthest that it ever was.
+    pub(super) wall_most: i64,
     queue_of_events: BinaryHeap<Reverse<Timed>>,
     pub(super) order: u64,
     pub(super) plan: Plan,
@@ -173,6 +175,7 @@ impl World {
             now: 0,
             base: Instant::now(),
             wall: EPOCH,
+            wall_most: EPOCH,
             queue_of_events: BinaryHeap::new(),
             order: 0,
             brokers: [up(), up()],
@@ -388,11 +391,9 @@ impl World {
             self.post(after, Ev::Durable(l, epoch));
         }
         for p in 0..2 {
-            let i = self.processes[p].incarnation;
             if self.processes[p].up && self.processes[p].connected[b] {
                 self.probed_well(p, b);
                 self.half_opened(p, b);
-                let _ = i;
             }
         }
         self.kick_consumers();
@@ -400,9 +401,11 @@ impl World {
 
     fn give_room(&mut self, p: usize, n: usize) {
         let process = &mut self.processes[p];
+        if n > 0 {
+            process.full_last = self.now;
+        }
         let n = n.min(process.hogged);
         process.hogged -= n;
-        process.full_last = self.now;
         for _ in 0..n {
             process.budget.give_back(0);
         }
@@ -430,6 +433,8 @@ impl World {
         self.healed = true;
         self.healed_at = self.now;
         self.armed.clear();
+        // A retry keeps its absolute due time, so the clock has to come back.
+        self.wall = self.wall_most;
         for b in 0..2 {
             let (epoch, refused_last) = (self.brokers[b].epoch, self.brokers[b].refused_last);
             let refused = self.brokers[b].refuses_lanes > 0;
@@ -473,6 +478,7 @@ impl World {
             }
             return;
         }
+        self.commit_all();
         match self.unrest() {
             None => {
                 self.trace(|| "quiet".to_owned());
