@@ -21,7 +21,7 @@
 //! already written on this same lane.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -138,6 +138,10 @@ pub(crate) struct Machine<W> {
     /// The first deadline of those that wait, or one that has passed since.
     earliest_deadline: Option<Instant>,
     in_flight: BTreeMap<Seq, InFlight<W>>,
+    /// The same by the time they were written. A drained message has a smaller
+    /// number than a new one that was written before it, so the first by number
+    /// need not be the one that has waited longest.
+    by_time: BTreeSet<(Instant, Seq)>,
     /// How many of those are new publishes, not drained ones.
     fresh: usize,
     spool: Spool,
@@ -169,6 +173,10 @@ const FIRST_CREDIT: usize = 5_000;
 /// nodes, the message's fixed part.
 const ENTRY_OVERHEAD: usize = 512;
 
+/// How often the wall clock is looked at while something rests: it may be set,
+/// which no timer on the steady clock notices.
+const WALL_LOOK: Duration = Duration::from_secs(1);
+
 /// What an overload pause grows to at most.
 const MAX_OVERLOAD_PAUSE: Duration = Duration::from_secs(2);
 
@@ -185,6 +193,7 @@ impl<W> Machine<W> {
             waiting: VecDeque::new(),
             earliest_deadline: None,
             in_flight: BTreeMap::new(),
+            by_time: BTreeSet::new(),
             fresh: 0,
             spool: Spool::new(),
             next_seq: 1,
@@ -236,9 +245,9 @@ impl<W> Machine<W> {
         let mut at_least = |t: Instant| next = Some(next.map_or(t, |n| n.min(t)));
         if self.state != LaneState::Suspect
             && self.settings.spool
-            && let Some(first) = self.in_flight.values().next()
+            && let Some((written, _)) = self.by_time.first()
         {
-            at_least(first.written + self.hedge.current());
+            at_least(*written + self.hedge.current());
         }
         if !self.settings.spool {
             for flight in self.in_flight.values() {
@@ -271,7 +280,7 @@ impl<W> Machine<W> {
             at_least(*since + self.settings.spool_wait);
         }
         if let Some(due) = self.spool.next_due() {
-            at_least(now.at + due.since(now.wall).max(Duration::from_millis(1)));
+            at_least(now.at + due.since(now.wall).clamp(Duration::from_millis(1), WALL_LOOK));
         }
         next
     }
@@ -459,10 +468,9 @@ impl<W> Machine<W> {
         if self.state != LaneState::Suspect
             && self.settings.spool
             && self
-                .in_flight
-                .values()
-                .next()
-                .is_some_and(|f| f.written + self.hedge.current() <= now.at)
+                .by_time
+                .first()
+                .is_some_and(|(written, _)| *written + self.hedge.current() <= now.at)
         {
             self.become_suspect(now, "a confirm is late");
         }
@@ -549,6 +557,7 @@ impl<W> Machine<W> {
     /// Takes a message out of those in flight.
     fn land(&mut self, seq: Seq) -> Option<InFlight<W>> {
         let flight = self.in_flight.remove(&seq)?;
+        self.by_time.remove(&(flight.written, seq));
         self.fresh -= usize::from(flight.fresh.is_some());
         Some(flight)
     }
@@ -711,6 +720,7 @@ impl<W> Machine<W> {
             .at(self.settings.via)
             .on(&*self.settings.topic);
         let flights = std::mem::take(&mut self.in_flight);
+        self.by_time.clear();
         self.fresh = 0;
         for (seq, flight) in flights {
             self.give_back(now, seq, flight.fresh, true, &lost);
@@ -818,6 +828,7 @@ impl<W> Machine<W> {
                 marks: entry.marks.clone(),
                 confirm: true,
             });
+            self.by_time.insert((now.at, seq));
             self.in_flight.insert(
                 seq,
                 InFlight {
@@ -909,6 +920,7 @@ impl<W> Machine<W> {
                 marks: Marks::default(),
                 confirm: entry.confirm,
             });
+            self.by_time.insert((now.at, seq));
             self.in_flight.insert(
                 seq,
                 InFlight {
