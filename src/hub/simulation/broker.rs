@@ -282,11 +282,6 @@ impl World {
     pub(super) fn crash_broker(&mut self, b: usize, losing: bool) {
         self.brokers[b].up = false;
         self.brokers[b].epoch += 1;
-        for c in 0..self.conns.len() {
-            if usize::from(self.conns[c].lane > 0) == b && !self.conns[c].open {
-                self.conns[c].pipe.clear();
-            }
-        }
         for l in if b == 0 { 0..1 } else { 1..3 } {
             let fresh = std::mem::take(&mut self.logs[l].fresh);
             let keep = if losing {
@@ -301,6 +296,12 @@ impl World {
         self.consumers_lose_broker(b);
         for p in 0..self.processes.len() {
             self.lose_link(p, b);
+        }
+        // What it had not read dies with its connections.
+        for conn in &mut self.conns {
+            if usize::from(conn.lane > 0) == b && !conn.open {
+                conn.pipe.clear();
+            }
         }
     }
 

@@ -408,13 +408,15 @@ impl Oracle {
 
     /// First copies must stand in publish order: of each life of a process all,
     /// across its lives those that were accepted. Those that the broker turned
-    /// away once are outside, since what was pipelined behind them went ahead.
+    /// away once are outside, since what was pipelined behind them went ahead;
+    /// so are those that were on their way to the dead letters when a process
+    /// died, and those that a local handler had.
     fn disorder(&self, log: &[(Attempt, bool)]) -> Option<String> {
         let mut seen = BTreeSet::new();
         let mut last: HashMap<(usize, Option<u32>, &(OrderKey, u8)), Attempt> = HashMap::new();
         for (attempt, _) in log {
             let life = &self.lives[*attempt as usize];
-            if !seen.insert(*attempt) || life.turned_away || life.refused || life.leased {
+            if !seen.insert(*attempt) || life.turned_away || life.refused || life.buried || life.leased {
                 continue;
             }
             let mut in_order = |incarnation: Option<u32>| {
