@@ -427,9 +427,12 @@ impl Oracle {
             if let Some(text) = in_order(Some(life.incarnation)) {
                 return Some(text);
             }
-            if matches!(life.answer, Some(Ok(_)))
-                && let Some(text) = in_order(None)
-            {
+            // What dies with its process may still be on the way to the broker.
+            let kept = matches!(
+                life.answer,
+                Some(Ok(Outcome::Delivered { .. } | Outcome::Spooled { durable: true }))
+            );
+            if kept && let Some(text) = in_order(None) {
                 return Some(format!("{text}, across a restart"));
             }
         }

@@ -476,9 +476,17 @@ impl World {
             let Some(lane) = self.processes[p].lanes.get_mut(l) else {
                 return;
             };
-            let actions = lane.machine.take_actions();
+            let mut actions = lane.machine.take_actions();
             if actions.is_empty() {
-                break;
+                // Handing out may bury what expired.
+                self.feed_local(p, l);
+                if self.processes[p].incarnation != incarnation {
+                    return;
+                }
+                actions = self.processes[p].lanes[l].machine.take_actions();
+                if actions.is_empty() {
+                    break;
+                }
             }
             for action in actions {
                 if let Some((left, power_cut)) = &mut self.processes[p].dies_in {
@@ -660,7 +668,6 @@ impl World {
         if self.processes[p].lanes.get(l).is_none() {
             return;
         }
-        self.feed_local(p, l);
         self.sync_if_due(p);
         let now = self.at();
         let incarnation = self.processes[p].incarnation;
