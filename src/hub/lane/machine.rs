@@ -280,7 +280,12 @@ impl<W> Machine<W> {
             at_least(*since + self.settings.spool_wait);
         }
         if let Some(due) = self.spool.next_due() {
-            at_least(now.at + due.since(now.wall).clamp(Duration::from_millis(1), WALL_LOOK));
+            at_least(
+                now.at
+                    + due
+                        .since(now.wall)
+                        .clamp(Duration::from_millis(1), WALL_LOOK),
+            );
         }
         next
     }

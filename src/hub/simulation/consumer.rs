@@ -52,9 +52,19 @@ pub(super) struct Partition {
 /// Where a delivery came from.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Source {
-    Queue { epoch: u32, tag: u64 },
-    Stream { partition: usize, epoch: u32, offset: usize },
-    Spool { lane: usize, seq: u64 },
+    Queue {
+        epoch: u32,
+        tag: u64,
+    },
+    Stream {
+        partition: usize,
+        epoch: u32,
+        offset: usize,
+    },
+    Spool {
+        lane: usize,
+        seq: u64,
+    },
 }
 
 /// A delivery in a handler's hands.
@@ -98,7 +108,11 @@ impl World {
         for r in 0..3 {
             let linked = r == 0 || self.processes[r - 1].connected[0];
             let reader = &mut self.queue.consumers[r];
-            if linked && !reader.scheduled && reader.unacked.len() < PREFETCH && !self.queue.ready.is_empty() {
+            if linked
+                && !reader.scheduled
+                && reader.unacked.len() < PREFETCH
+                && !self.queue.ready.is_empty()
+            {
                 reader.scheduled = true;
                 let after = self.rng.u64(50..2_000);
                 self.post(after, Ev::Deliver(r));
@@ -154,7 +168,10 @@ impl World {
         }
         let member = |p: &usize| self.processes[*p].connected[1];
         let members: Vec<usize> = (0..self.processes.len()).filter(member).collect();
-        if self.partitions[j].owner.is_none_or(|p| !members.contains(&p)) {
+        if self.partitions[j]
+            .owner
+            .is_none_or(|p| !members.contains(&p))
+        {
             self.revoke(j);
             if members.is_empty() {
                 // The next one that connects is looked for then.
@@ -182,7 +199,16 @@ impl World {
             part.out += 1;
             let epoch = part.epoch;
             let message = self.logs[1 + j].messages[offset].clone();
-            self.take_in(p, 1, Source::Stream { partition: j, epoch, offset }, &message);
+            self.take_in(
+                p,
+                1,
+                Source::Stream {
+                    partition: j,
+                    epoch,
+                    offset,
+                },
+                &message,
+            );
         }
         self.kick_consumers();
     }
@@ -267,9 +293,20 @@ impl World {
                 process.sources.remove(&tag);
                 let id = received.message.id.to_string();
                 let retry = received.message.retry_count;
-                self.trace(|| format!("process {p} group {g}: handles {} from {source:?}", attempt_of(&received.message)));
+                self.trace(|| {
+                    format!(
+                        "process {p} group {g}: handles {} from {source:?}",
+                        attempt_of(&received.message)
+                    )
+                });
                 self.oracle.handler_begins(p, g, &id, retry);
-                let held = Held { source, lease, group: g, id, retry };
+                let held = Held {
+                    source,
+                    lease,
+                    group: g,
+                    id,
+                    retry,
+                };
                 self.processes[p].held.insert(tag, held);
                 let slow = self.rng.u32(..20) == 0;
                 let after = self.rng.u64(500..if slow { 3_000_000 } else { 60_000 });
@@ -285,7 +322,13 @@ impl World {
         let Some(held) = self.processes[p].held.remove(&tag) else {
             return;
         };
-        let Held { source, lease, group, id, retry } = held;
+        let Held {
+            source,
+            lease,
+            group,
+            id,
+            retry,
+        } = held;
         let stream = matches!(source, Source::Stream { .. });
         let verdict = match self.rng.u32(..100) {
             _ if self.healed => Verdict::Ack,
@@ -298,7 +341,12 @@ impl World {
             96..=97 => Verdict::DeadLetter { failure: failure() },
             _ => Verdict::Ack,
         };
-        self.trace(|| format!("process {p} group {group}: {id} ends with {}", verdict_name(&verdict)));
+        self.trace(|| {
+            format!(
+                "process {p} group {group}: {id} ends with {}",
+                verdict_name(&verdict)
+            )
+        });
         // As the span does it: an ack holds whether or not the source hears of
         // it; a copy counts only once the source says that it is safe.
         let ack = matches!(verdict, Verdict::Ack);
@@ -308,7 +356,11 @@ impl World {
             self.oracle.handler_ends(p, group, &id, retry, ack);
             if let Some(lease) = lease {
                 let group = &self.processes[p].groups[group];
-                if ack { group.commit(lease) } else { group.release(lease) }
+                if ack {
+                    group.commit(lease)
+                } else {
+                    group.release(lease)
+                }
             }
             let _ = self.settle(p, source, verdict);
         } else {
@@ -349,7 +401,11 @@ impl World {
     fn settle(&mut self, p: usize, source: Source, verdict: Verdict) -> bool {
         match source {
             Source::Queue { epoch, tag } => self.settle_queue(p, epoch, tag, &verdict),
-            Source::Stream { partition, epoch, offset } => self.settle_stream(partition, epoch, offset, &verdict),
+            Source::Stream {
+                partition,
+                epoch,
+                offset,
+            } => self.settle_stream(partition, epoch, offset, &verdict),
             Source::Spool { lane, seq } => {
                 let incarnation = self.processes[p].incarnation;
                 let Some(sim) = self.processes[p].lanes.get_mut(lane) else {
@@ -368,7 +424,8 @@ impl World {
     }
 
     fn settle_queue(&mut self, p: usize, epoch: u32, tag: u64, verdict: &Verdict) -> bool {
-        let fails = matches!(verdict, Verdict::Retry { .. } | Verdict::DeadLetter { .. }) && self.rng.u32(..5) == 0;
+        let fails = matches!(verdict, Verdict::Retry { .. } | Verdict::DeadLetter { .. })
+            && self.rng.u32(..5) == 0;
         let reader = &mut self.queue.consumers[1 + p];
         if reader.epoch != epoch {
             return false;

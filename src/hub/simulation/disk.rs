@@ -101,7 +101,8 @@ impl Disk {
             self.synced.send_modify(|s| s.up_to = up_to);
         } else {
             inner.broken = true;
-            self.synced.send_modify(|s| s.broken = Some("fsync failed".into()));
+            self.synced
+                .send_modify(|s| s.broken = Some("fsync failed".into()));
         }
     }
 
@@ -215,9 +216,7 @@ pub(super) fn attempt_of(body: &Bytes) -> Option<u32> {
     Some(u32::from_le_bytes(body[from..].try_into().ok()?))
 }
 
-fn live<'a>(
-    records: impl Iterator<Item = &'a Record>,
-) -> (BTreeMap<KeptId, Bytes>, BTreeSet<u32>) {
+fn live<'a>(records: impl Iterator<Item = &'a Record>) -> (BTreeMap<KeptId, Bytes>, BTreeSet<u32>) {
     let mut kept = BTreeMap::new();
     let mut letters = BTreeSet::new();
     for record in records {

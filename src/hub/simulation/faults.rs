@@ -131,7 +131,7 @@ impl World {
                 let budget = self.processes[p].budget.clone();
                 let incarnation = self.processes[p].incarnation;
                 let mut taken = 0;
-                while budget.take(0) {
+                while taken < self.plan.room && budget.take(0) {
                     taken += 1;
                 }
                 self.processes[p].hogged += taken;

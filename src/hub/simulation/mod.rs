@@ -120,7 +120,11 @@ fn the_contract_holds_in_every_simulated_run() {
                             *failed = Some((seed, why));
                         }
                     } else if let Ok(report) = result {
-                        assert!(report.messages >= LEAST_MESSAGES, "seed {seed}: {} messages", report.messages);
+                        assert!(
+                            report.messages >= LEAST_MESSAGES,
+                            "seed {seed}: {} messages",
+                            report.messages
+                        );
                         table.add(&report.table);
                         runs += 1;
                         messages += report.messages as u64;
@@ -143,6 +147,9 @@ fn the_contract_holds_in_every_simulated_run() {
         table.least()
     );
     if seeds >= SEEDS {
-        assert!(table.least() > 0, "a fault never struck in a state\n{table}");
+        assert!(
+            table.least() > 0,
+            "a fault never struck in a state\n{table}"
+        );
     }
 }

@@ -130,7 +130,14 @@ impl Oracle {
     }
 
     /// The intake window answered a repeat, or lets it wait.
-    pub(super) fn repeated(&mut self, process: usize, topic: usize, id: &str, attempt: Attempt, done: bool) {
+    pub(super) fn repeated(
+        &mut self,
+        process: usize,
+        topic: usize,
+        id: &str,
+        attempt: Attempt,
+        done: bool,
+    ) {
         let known = self.accepted.get(&(process, topic, id.to_owned()));
         match known {
             Some(a) if a.answered == done => {
@@ -153,7 +160,9 @@ impl Oracle {
         let first = self.lives[attempt as usize].joined;
         let first = first.and_then(|f| self.lives[f as usize].answer.as_ref());
         if !first.is_some_and(same) {
-            self.fail("C14", || format!("{attempt} is a repeat and was answered otherwise: {answer:?}"));
+            self.fail("C14", || {
+                format!("{attempt} is a repeat and was answered otherwise: {answer:?}")
+            });
         }
         let life = self.life(attempt);
         if life.answer.replace(answer.clone()).is_some() {
@@ -237,7 +246,9 @@ impl Oracle {
         }
         // C3: from being written (or, while nothing is in the way, from being
         // published) to the answer or to the spool: the hedge; then the syncs.
-        let from = life.written.or((!seen.was_in_the_way).then_some(life.published));
+        let from = life
+            .written
+            .or((!seen.was_in_the_way).then_some(life.published));
         if let Some(from) = from
             && life.joined.is_none()
             && !seen.was_full
@@ -267,7 +278,9 @@ impl Oracle {
                 self.accepted.remove(&key);
             }
         }
-        if !matches!(answer, Ok(Outcome::Spooled { .. })) && self.lives[attempt as usize].filed.is_none() {
+        if !matches!(answer, Ok(Outcome::Spooled { .. }))
+            && self.lives[attempt as usize].filed.is_none()
+        {
             self.let_go(attempt);
         }
     }
@@ -275,18 +288,35 @@ impl Oracle {
     // ----- the wire -----
 
     /// A hub writes an attempt on a generation.
-    pub(super) fn writes(&mut self, now: u64, attempt: Attempt, conn: usize, incarnation: u32, marked: bool) {
+    pub(super) fn writes(
+        &mut self,
+        now: u64,
+        attempt: Attempt,
+        conn: usize,
+        incarnation: u32,
+        marked: bool,
+    ) {
         let life = &self.lives[attempt as usize];
         let same_life = life.wrote_in == incarnation;
         let mut wrong: Option<(&'static str, String)> = None;
         match life.wrote {
             Wrote::Open(before) if same_life => {
-                wrong = Some(("C6", format!("written again while {before} may still confirm it")));
+                wrong = Some((
+                    "C6",
+                    format!("written again while {before} may still confirm it"),
+                ));
             }
-            Wrote::Confirmed if same_life => wrong = Some(("C6", "written again after its confirm".to_owned())),
-            Wrote::Refused if same_life => wrong = Some(("C9", "written again after it was refused".to_owned())),
+            Wrote::Confirmed if same_life => {
+                wrong = Some(("C6", "written again after its confirm".to_owned()))
+            }
+            Wrote::Refused if same_life => {
+                wrong = Some(("C9", "written again after it was refused".to_owned()))
+            }
             Wrote::Unknown | Wrote::Open(_) | Wrote::Confirmed if !marked => {
-                wrong = Some(("C6", "written again without the mark of a possible duplicate".to_owned()));
+                wrong = Some((
+                    "C6",
+                    "written again without the mark of a possible duplicate".to_owned(),
+                ));
             }
             _ => {}
         }
@@ -326,7 +356,9 @@ impl Oracle {
         if let Some(before) = self.leased.insert(key, attempt)
             && before > attempt
         {
-            self.fail("C5", || format!("{attempt} was handed out after {before} of its key"));
+            self.fail("C5", || {
+                format!("{attempt} was handed out after {before} of its key")
+            });
         }
         self.life(attempt).leased = true;
     }
@@ -337,14 +369,25 @@ impl Oracle {
     pub(super) fn handler_begins(&mut self, process: usize, group: usize, id: &str, retry: u32) {
         let key = (process, group, id.to_owned(), retry);
         if self.handled.contains(&key) {
-            self.fail("C6", || format!("{id} (retry {retry}) is handled again in group {group}"));
+            self.fail("C6", || {
+                format!("{id} (retry {retry}) is handled again in group {group}")
+            });
         }
         if self.handling.insert(key, true).is_some() {
-            self.fail("C6", || format!("{id} (retry {retry}) is handled twice at once in group {group}"));
+            self.fail("C6", || {
+                format!("{id} (retry {retry}) is handled twice at once in group {group}")
+            });
         }
     }
 
-    pub(super) fn handler_ends(&mut self, process: usize, group: usize, id: &str, retry: u32, done: bool) {
+    pub(super) fn handler_ends(
+        &mut self,
+        process: usize,
+        group: usize,
+        id: &str,
+        retry: u32,
+        done: bool,
+    ) {
         let key = (process, group, id.to_owned(), retry);
         self.handling.remove(&key);
         if done {
@@ -374,9 +417,12 @@ impl Oracle {
     pub(super) fn check(&mut self, logs: &[Vec<(Attempt, bool)>], letters: &BTreeSet<u32>) {
         let mut failures: Vec<(&'static str, String)> = Vec::new();
         for (attempt, life) in self.lives.iter().enumerate() {
-            let there = life.durable > 0 || life.handled.is_some() || letters.contains(&(attempt as u32));
+            let there =
+                life.durable > 0 || life.handled.is_some() || letters.contains(&(attempt as u32));
             match &life.answer {
-                None if !life.bereaved => failures.push(("C1", format!("{attempt} was never answered"))),
+                None if !life.bereaved => {
+                    failures.push(("C1", format!("{attempt} was never answered")))
+                }
                 Some(Ok(outcome)) if life.joined.is_none() => {
                     let may_be_lost = match outcome {
                         Outcome::Delivered { .. } | Outcome::Spooled { durable: true } => false,
@@ -384,13 +430,23 @@ impl Oracle {
                         Outcome::Sent { .. } => true,
                     };
                     if !there && !may_be_lost {
-                        let clause = if life.buried || life.refused { "C9" } else { "C2" };
-                        failures.push((clause, format!("{attempt} was accepted ({outcome:?}) and is lost")));
+                        let clause = if life.buried || life.refused {
+                            "C9"
+                        } else {
+                            "C2"
+                        };
+                        failures.push((
+                            clause,
+                            format!("{attempt} was accepted ({outcome:?}) and is lost"),
+                        ));
                     }
                 }
                 Some(Err(error)) if life.joined.is_none() => {
                     if life.durable > 0 || life.handled.is_some() {
-                        failures.push(("C1", format!("{attempt} was called {:?} and is there", error.assume())));
+                        failures.push((
+                            "C1",
+                            format!("{attempt} was called {:?} and is there", error.assume()),
+                        ));
                     }
                 }
                 _ => {}
@@ -416,7 +472,12 @@ impl Oracle {
         let mut last: HashMap<(usize, Option<u32>, &(OrderKey, u8)), Attempt> = HashMap::new();
         for (attempt, _) in log {
             let life = &self.lives[*attempt as usize];
-            if !seen.insert(*attempt) || life.turned_away || life.refused || life.buried || life.leased {
+            if !seen.insert(*attempt)
+                || life.turned_away
+                || life.refused
+                || life.buried
+                || life.leased
+            {
                 continue;
             }
             let mut in_order = |incarnation: Option<u32>| {
@@ -430,7 +491,9 @@ impl Oracle {
             // What dies with its process may still be on the way to the broker.
             let kept = matches!(
                 life.answer,
-                Some(Ok(Outcome::Delivered { .. } | Outcome::Spooled { durable: true }))
+                Some(Ok(
+                    Outcome::Delivered { .. } | Outcome::Spooled { durable: true }
+                ))
             );
             if kept && let Some(text) = in_order(None) {
                 return Some(format!("{text}, across a restart"));

@@ -91,7 +91,11 @@ pub(super) struct LaneSim {
 
 /// The payload of an attempt is its number.
 pub(super) fn attempt_of(message: &Message) -> Attempt {
-    message.payload.as_ref().try_into().map_or(0, u32::from_le_bytes)
+    message
+        .payload
+        .as_ref()
+        .try_into()
+        .map_or(0, u32::from_le_bytes)
 }
 
 pub(super) fn lane_name(l: usize) -> LaneName {
@@ -180,7 +184,11 @@ impl World {
         for l in 0..LANES {
             let topic = if l == 0 { "queue" } else { "stream" };
             let settings = Settings {
-                via: if l == 0 { BrokerType::RabbitMq } else { BrokerType::Kafka },
+                via: if l == 0 {
+                    BrokerType::RabbitMq
+                } else {
+                    BrokerType::Kafka
+                },
                 topic: topic.into(),
                 window: plan.window,
                 hedge: (Duration::from_millis(100), Duration::from_secs(1)),
@@ -214,13 +222,19 @@ impl World {
         for (id, body) in kept {
             match codec::decode(&body) {
                 Ok(kept) => found.push((id, kept)),
-                Err(error) => self.oracle.fail("C2", || format!("a whole record is unreadable: {error}")),
+                Err(error) => self
+                    .oracle
+                    .fail("C2", || format!("a whole record is unreadable: {error}")),
             }
         }
         found.sort_by_key(|(_, kept)| (kept.lane.topic.clone(), kept.lane.lane, kept.seq));
         let mut restored = Vec::new();
         for (id, kept) in found {
-            let l = if kept.lane.topic == "queue" { 0 } else { 1 + kept.lane.lane as usize };
+            let l = if kept.lane.topic == "queue" {
+                0
+            } else {
+                1 + kept.lane.lane as usize
+            };
             let attempt = attempt_of(&kept.entry.message);
             restored.push(attempt);
             self.oracle.hold(attempt);
@@ -362,7 +376,10 @@ impl World {
             self.processes[p].breakers[b].failed(at);
         }
         if self.processes[p].incarnation == incarnation {
-            self.post(if well { 5_000_000 } else { 1_000_000 }, Ev::Probe(p, incarnation, b));
+            self.post(
+                if well { 5_000_000 } else { 1_000_000 },
+                Ev::Probe(p, incarnation, b),
+            );
         }
     }
 
@@ -373,7 +390,9 @@ impl World {
     pub(super) fn half_opened(&mut self, p: usize, b: usize) {
         let incarnation = self.processes[p].incarnation;
         for l in lanes_of(b) {
-            if self.processes[p].incarnation == incarnation && self.processes[p].lanes[l].reopen.is_some() {
+            if self.processes[p].incarnation == incarnation
+                && self.processes[p].lanes[l].reopen.is_some()
+            {
                 self.reopen(p, l);
             }
         }
@@ -398,7 +417,10 @@ impl World {
         }
         let at = self.at().at;
         let result = if !self.processes[p].breakers[b].allows(at) {
-            Err(Error::new(ErrorCode::BrokerUnavailable, "the breaker is open"))
+            Err(Error::new(
+                ErrorCode::BrokerUnavailable,
+                "the breaker is open",
+            ))
         } else if !self.processes[p].connected[b] {
             Err(Error::new(ErrorCode::ConnectionFailed, "not connected"))
         } else if !self.brokers[b].answers() {
@@ -407,7 +429,10 @@ impl World {
                 self.post(50_000, Ev::Opened(p, incarnation, l, token));
                 return;
             }
-            Err(Error::new(ErrorCode::ConnectionTimeout, "no channel in time"))
+            Err(Error::new(
+                ErrorCode::ConnectionTimeout,
+                "no channel in time",
+            ))
         } else if self.brokers[b].refuses_lanes > 0 {
             self.brokers[b].refused_last = self.now;
             Err(Error::rejected(ErrorCode::QueueNotFound, "no such queue"))
@@ -531,7 +556,8 @@ impl World {
                 let now = self.now;
                 self.trace(|| format!("process {p} lane {l}: spools {waiter} as {seq}"));
                 if self.oracle.life(waiter).filed.is_some() {
-                    self.oracle.fail("C1", || format!("{waiter} was spooled twice"));
+                    self.oracle
+                        .fail("C1", || format!("{waiter} was spooled twice"));
                 }
                 self.take_room(p, waiter, true);
                 self.oracle.life(waiter).filed = Some(now);
@@ -555,9 +581,15 @@ impl World {
                     self.oracle.let_go(attempt);
                 }
             }
-            Action::DeadLetter { seq, message, failure } => {
+            Action::DeadLetter {
+                seq,
+                message,
+                failure,
+            } => {
                 let attempt = attempt_of(&message);
-                self.trace(|| format!("process {p} lane {l}: buries {attempt}: {}", failure.reason));
+                self.trace(|| {
+                    format!("process {p} lane {l}: buries {attempt}: {}", failure.reason)
+                });
                 let wall = self.at().wall;
                 let life = self.oracle.life(attempt);
                 let right = match failure.reason.as_str() {
@@ -567,7 +599,9 @@ impl World {
                 };
                 life.buried = true;
                 if !right {
-                    self.oracle.fail("C9", || format!("{attempt} was buried for no reason: {}", failure.reason));
+                    self.oracle.fail("C9", || {
+                        format!("{attempt} was buried for no reason: {}", failure.reason)
+                    });
                 }
                 self.oracle.let_go(attempt);
                 let release = self.processes[p].lanes[l].keeper.give_away(seq);
@@ -577,7 +611,13 @@ impl World {
                 self.post(after, Ev::Bury(p, incarnation, attempt));
             }
             Action::Changed { from, to, why } => {
-                self.trace(|| format!("process {p} lane {l}: {} -> {}: {why}", from.as_str(), to.as_str()));
+                self.trace(|| {
+                    format!(
+                        "process {p} lane {l}: {} -> {}: {why}",
+                        from.as_str(),
+                        to.as_str()
+                    )
+                });
                 self.lane_changed(p, l, to);
             }
         }
@@ -605,35 +645,57 @@ impl World {
         let incarnation = self.processes[p].incarnation;
         let state = self.processes[p].lanes[l].machine.state();
         let Some(c) = self.processes[p].lanes[l].conn else {
-            self.oracle.fail("C3", || format!("process {p} lane {l} writes without an open lane"));
+            self.oracle.fail("C3", || {
+                format!("process {p} lane {l} writes without an open lane")
+            });
             return;
         };
         if !matches!(state, LaneState::Primary | LaneState::Draining) {
-            self.oracle.fail("C3", || format!("process {p} lane {l} writes while {}", state.as_str()));
+            self.oracle.fail("C3", || {
+                format!("process {p} lane {l} writes while {}", state.as_str())
+            });
         }
         if self.conns[c].broken {
-            self.oracle.fail("C4", || format!("process {p} lane {l} writes on a generation that is ending"));
+            self.oracle.fail("C4", || {
+                format!("process {p} lane {l} writes on a generation that is ending")
+            });
         }
         for submission in &batch {
             let attempt = attempt_of(&submission.message);
             let marked = submission.marks.possible_duplicate;
-            self.trace(|| format!("process {p} lane {l}: writes {attempt} (token {}, marked: {marked})", submission.token));
+            self.trace(|| {
+                format!(
+                    "process {p} lane {l}: writes {attempt} (token {}, marked: {marked})",
+                    submission.token
+                )
+            });
             if self.oracle.life(attempt).filed.is_none() {
                 self.take_room(p, attempt, false);
             }
-            self.oracle.writes(self.now, attempt, c, incarnation, marked);
-            if self.conns[c].untold.insert(submission.token, attempt).is_some() {
-                self.oracle.fail("C1", || format!("token {} is in flight twice", submission.token));
+            self.oracle
+                .writes(self.now, attempt, c, incarnation, marked);
+            if self.conns[c]
+                .untold
+                .insert(submission.token, attempt)
+                .is_some()
+            {
+                self.oracle.fail("C1", || {
+                    format!("token {} is in flight twice", submission.token)
+                });
             }
         }
         if self.conns[c].untold.len() > self.plan.window {
-            self.oracle.fail("C8", || format!("process {p} lane {l} has more in flight than its window"));
+            self.oracle.fail("C8", || {
+                format!("process {p} lane {l} has more in flight than its window")
+            });
         }
         if let Some(by) = self.processes[p].lanes[l].must_write_by.take()
             && self.now > by
         {
             let late = self.now - by;
-            self.oracle.fail("C4", || format!("process {p} lane {l} drained {late} us too late"));
+            self.oracle.fail("C4", || {
+                format!("process {p} lane {l} drained {late} us too late")
+            });
         }
         self.processes[p].lanes[l].outbox.extend(batch);
     }
@@ -646,7 +708,9 @@ impl World {
         let taken = self.oracle.held[p] + self.processes[p].hogged;
         let most = if spooled { room - room / 10 } else { room };
         if taken >= most {
-            self.oracle.fail("C8", || format!("process {p} took {attempt} with {taken} of {room} taken"));
+            self.oracle.fail("C8", || {
+                format!("process {p} took {attempt} with {taken} of {room} taken")
+            });
         }
         self.oracle.hold(attempt);
     }
@@ -695,7 +759,8 @@ impl World {
                         lane.turns = (self.now, 0);
                     }
                     if lane.turns.1 > 100 {
-                        self.oracle.fail("C4", || format!("process {p} lane {l} never rests"));
+                        self.oracle
+                            .fail("C4", || format!("process {p} lane {l} never rests"));
                     }
                 }
                 let after = at.saturating_sub(self.now);
@@ -720,7 +785,11 @@ impl World {
     /// Somebody gave room back: lanes where publishers wait look again.
     pub(super) fn look_for_room(&mut self, p: usize) {
         for l in 0..LANES {
-            if self.processes[p].lanes.get(l).is_some_and(|x| x.machine.waiting() > 0) {
+            if self.processes[p]
+                .lanes
+                .get(l)
+                .is_some_and(|x| x.machine.waiting() > 0)
+            {
                 self.with_machine(p, l, |machine, now| machine.tick(now));
             }
         }
@@ -788,27 +857,44 @@ impl World {
             answer,
             on_medium: wants_disk && process.disk.is_on_medium(attempt),
             disk_broken: process.disk.is_broken(),
-            lane_refused: self.brokers[b].refuses_lanes > 0 || self.brokers[b].refused_last >= published,
+            lane_refused: self.brokers[b].refuses_lanes > 0
+                || self.brokers[b].refused_last >= published,
             was_full: process.full_last >= published || self.is_full(p),
-            was_in_the_way: process.lanes.get(life.lane).is_none_or(|x| x.in_the_way >= published),
+            was_in_the_way: process
+                .lanes
+                .get(life.lane)
+                .is_none_or(|x| x.in_the_way >= published),
             sync_bound: 2 * SLOW_SYNC,
         };
         self.oracle.answered(self.now, attempt, &seen);
     }
 
     /// A refusal is the publisher's, or goes to the dead letters; it moves no lane.
-    pub(super) fn check_refusal(&mut self, p: usize, l: usize, before: LaneState, attempt: Attempt) {
+    pub(super) fn check_refusal(
+        &mut self,
+        p: usize,
+        l: usize,
+        before: LaneState,
+        attempt: Attempt,
+    ) {
         let Some(lane) = self.processes[p].lanes.get(l) else {
             return;
         };
         let after = lane.machine.state();
         if before == LaneState::Primary && after != LaneState::Primary {
-            self.oracle.fail("C9", || format!("the refusal of {attempt} moved its lane to {}", after.as_str()));
+            self.oracle.fail("C9", || {
+                format!(
+                    "the refusal of {attempt} moved its lane to {}",
+                    after.as_str()
+                )
+            });
         }
         let life = &self.oracle.lives[attempt as usize];
         let told = matches!(&life.answer, Some(Err(e)) if e.is_refusal());
         if !told && !life.buried {
-            self.oracle.fail("C9", || format!("{attempt} was refused, and neither answered nor buried"));
+            self.oracle.fail("C9", || {
+                format!("{attempt} was refused, and neither answered nor buried")
+            });
         }
     }
 }

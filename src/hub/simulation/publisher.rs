@@ -127,7 +127,9 @@ impl World {
             stream: (order.clone(), message.priority.value()),
             id: message.id.to_string(),
             publisher: i,
-            repeats: again.as_ref().map_or(0, |(_, a)| self.oracle.lives[*a as usize].repeats + 1),
+            repeats: again
+                .as_ref()
+                .map_or(0, |(_, a)| self.oracle.lives[*a as usize].repeats + 1),
             persistent: message.is_persistent(),
             confirm,
             poison,
@@ -173,7 +175,9 @@ impl World {
         let wall = self.at().wall;
         let id = message.id.as_str();
         let topic = self.topics[g].clone();
-        let offer = self.processes[p].intake.offer(wall, &topic, &message.id, Origin::Caller);
+        let offer = self.processes[p]
+            .intake
+            .offer(wall, &topic, &message.id, Origin::Caller);
         match offer {
             Offer::Fresh(ticket) => {
                 self.oracle.let_through(p, g, id, attempt);
@@ -181,7 +185,8 @@ impl World {
                 true
             }
             Offer::Bypass => {
-                self.oracle.fail("C14", || format!("the id of {attempt} is not watched"));
+                self.oracle
+                    .fail("C14", || format!("the id of {attempt} is not watched"));
                 true
             }
             Offer::Done(outcome) => {
@@ -192,7 +197,8 @@ impl World {
             Offer::InFlight(joining) => {
                 self.oracle.repeated(p, g, id, attempt, false);
                 if self.processes[p].intake.join(&joining, attempt).is_err() {
-                    self.oracle.fail("C14", || format!("{attempt} could not join"));
+                    self.oracle
+                        .fail("C14", || format!("{attempt} could not join"));
                 }
                 false
             }

@@ -161,7 +161,11 @@ impl World {
         let mut rng = fastrand::Rng::with_seed(seed);
         let plan = Plan {
             window: rng.usize(4..=24),
-            room: if rng.u32(..4) == 0 { rng.usize(20..80) } else { 2_000 },
+            room: if rng.u32(..4) == 0 {
+                rng.usize(20..80)
+            } else {
+                2_000
+            },
             local: rng.u32(..3) == 0,
             in_order: rng.bool(),
             messages: rng.u32(200..=260),
@@ -226,7 +230,13 @@ impl World {
         }
         // Something has to move the lanes for those that wait.
         for _ in 0..2 {
-            let mover = [Fault::CrashKeeping, Fault::CrashLosing, Fault::Stall, Fault::Cut, Fault::Overload];
+            let mover = [
+                Fault::CrashKeeping,
+                Fault::CrashLosing,
+                Fault::Stall,
+                Fault::Cut,
+                Fault::Overload,
+            ];
             let fault = mover[self.rng.usize(..mover.len())];
             let (p, l) = (self.rng.usize(..2), self.rng.usize(..LANES));
             let at = self.rng.u64(100_000..20_000_000);
@@ -245,7 +255,8 @@ impl World {
             self.now = self.now.max(next.at);
             self.events += 1;
             if self.events > MOST_EVENTS {
-                self.oracle.fail("C4", || "it goes round in circles".to_owned());
+                self.oracle
+                    .fail("C4", || "it goes round in circles".to_owned());
             }
             let before = [0, 1].map(|p: usize| self.processes[p].budget.taken().0);
             let lives = [0, 1].map(|p: usize| self.processes[p].incarnation);
@@ -274,9 +285,14 @@ impl World {
         for (p, process) in self.processes.iter().enumerate() {
             letters.extend(process.disk.letters());
             let live = self.letters_in_memory.iter();
-            letters.extend(live.filter(|(q, i, _)| *q == p && *i == process.incarnation).map(|(_, _, a)| *a));
+            letters.extend(
+                live.filter(|(q, i, _)| *q == p && *i == process.incarnation)
+                    .map(|(_, _, a)| *a),
+            );
             if process.budget.taken() != (0, 0) {
-                self.oracle.fail("C8", || format!("process {p} still holds room: {:?}", process.budget.taken()));
+                self.oracle.fail("C8", || {
+                    format!("process {p} still holds room: {:?}", process.budget.taken())
+                });
             }
         }
         let logs: Vec<Vec<(Attempt, bool)>> = self.logs.iter().map(|l| l.kept.clone()).collect();
@@ -328,7 +344,9 @@ impl World {
             }
             Ev::Handover(p, i, l) if self.lives(p, i) => self.handover(p, l),
             Ev::Serve(c) => self.serve(c),
-            Ev::Durable(l, epoch) if self.brokers[usize::from(l > 0)].epoch == epoch => self.make_durable(l),
+            Ev::Durable(l, epoch) if self.brokers[usize::from(l > 0)].epoch == epoch => {
+                self.make_durable(l)
+            }
             Ev::Answer(c, token, fate) => self.answer_arrives(c, token, fate),
             Ev::Close(c) => self.close_conn(c),
             Ev::Opened(p, i, l, token) if self.lives(p, i) => self.opened(p, l, token),
@@ -356,7 +374,9 @@ impl World {
                 self.brokers[b].stalls = self.brokers[b].stalls.saturating_sub(1);
                 self.kick(b);
             }
-            Ev::OverloadOver(b) => self.brokers[b].overloads = self.brokers[b].overloads.saturating_sub(1),
+            Ev::OverloadOver(b) => {
+                self.brokers[b].overloads = self.brokers[b].overloads.saturating_sub(1)
+            }
             Ev::RefusalOver(b) => {
                 self.brokers[b].refuses_lanes = self.brokers[b].refuses_lanes.saturating_sub(1);
                 self.brokers[b].refused_last = self.now;
@@ -485,7 +505,8 @@ impl World {
                 self.done = true;
             }
             Some(why) if self.now > self.healed_at + PATIENCE => {
-                self.oracle.fail("C4", || format!("never quiet again: {why}"));
+                self.oracle
+                    .fail("C4", || format!("never quiet again: {why}"));
             }
             Some(_) => self.post(250_000, Ev::Look),
         }
@@ -525,7 +546,10 @@ impl World {
         }
         let unacked: usize = self.queue.consumers.iter().map(|c| c.unacked.len()).sum();
         if !self.queue.ready.is_empty() || unacked > 0 {
-            return Some(format!("the queue holds {} ready, {unacked} unacked", self.queue.ready.len()));
+            return Some(format!(
+                "the queue holds {} ready, {unacked} unacked",
+                self.queue.ready.len()
+            ));
         }
         for (j, part) in self.partitions.iter().enumerate() {
             if part.committed < self.logs[1 + j].messages.len() {
