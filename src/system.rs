@@ -23,6 +23,10 @@ use crate::{
 /// a busy broker to accept, and for wrong credentials to be told.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 
+/// The spool's folder in the data folder.
+#[cfg(feature = "journal")]
+const SPOOL: &str = "spool";
+
 type Factory = Box<dyn Fn() -> Arc<dyn MessageBroker> + Send + Sync>;
 
 /// A hub with the brokers of a configuration.
@@ -145,6 +149,17 @@ impl MessagingSystem {
         }
         if let Some(broker) = &kafka {
             self.hub.set_event_stream_broker(broker.clone());
+        }
+        #[cfg(feature = "journal")]
+        if let Some(dir) = &self.config.data_dir
+            && fallback
+            && !alone
+        {
+            self.hub.keep_spool_in(&dir.join(SPOOL)).await?;
+        }
+        #[cfg(not(feature = "journal"))]
+        if self.config.data_dir.is_some() {
+            return Err(not_built("journal"));
         }
         self.hub.set_weakened(
             self.config
@@ -277,7 +292,7 @@ impl fmt::Debug for MessagingSystem {
     }
 }
 
-#[cfg(not(all(feature = "rabbitmq", feature = "kafka")))]
+#[cfg(not(all(feature = "rabbitmq", feature = "kafka", feature = "journal")))]
 fn not_built(feature: &str) -> Error {
     Error::rejected(
         ErrorCode::InvalidConfig,

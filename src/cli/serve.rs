@@ -29,7 +29,8 @@ pub(super) struct Serve {
     /// Address of TCP. Refused: this version has no TCP gateway.
     #[arg(long, value_name = "ADDR")]
     tcp: Option<String>,
-    /// Data folder. Refused: this version keeps nothing on disk.
+    /// Data folder: what is spooled, and the embedded broker's queues and
+    /// streams, survive the process there.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Start although a broker refuses the credentials.
@@ -114,6 +115,12 @@ async fn stop(
         eprintln!(
             "{} handlers did not end in time; their messages were given back",
             report.handlers_given_up
+        );
+    }
+    if report.left_in_journal > 0 {
+        eprintln!(
+            "{} accepted messages are still in the data folder; the next start goes on with them",
+            report.left_in_journal
         );
     }
     if report.left_in_memory_spool > 0 {

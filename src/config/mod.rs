@@ -65,8 +65,7 @@ pub struct MessagingConfig {
     /// whole messages; and Kafka topics must allow it.
     pub max_message_bytes: u64,
     /// Folder for what survives the process. Default: none, all in memory.
-    /// It is made, and held by one hub at a time; the spool itself is in memory in
-    /// this version, which `weakened` says.
+    /// It is made, and held by one hub at a time.
     pub data_dir: Option<PathBuf>,
     /// What is logged, and how.
     pub log: LogConfig,
