@@ -23,10 +23,6 @@ use crate::{
 /// a busy broker to accept, and for wrong credentials to be told.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The spool's folder in the data folder.
-#[cfg(feature = "journal")]
-const SPOOL: &str = "spool";
-
 type Factory = Box<dyn Fn() -> Arc<dyn MessageBroker> + Send + Sync>;
 
 /// A hub with the brokers of a configuration.
@@ -151,14 +147,14 @@ impl MessagingSystem {
             self.hub.set_event_stream_broker(broker.clone());
         }
         #[cfg(feature = "journal")]
-        if let Some(dir) = &self.config.data_dir
+        if let Some(dir) = self.config.journal_dir()
             && fallback
             && !alone
         {
-            self.hub.keep_spool_in(&dir.join(SPOOL)).await?;
+            self.hub.keep_spool_in(dir).await?;
         }
         #[cfg(not(feature = "journal"))]
-        if self.config.data_dir.is_some() {
+        if self.config.journal_dir().is_some() {
             return Err(not_built("journal"));
         }
         self.hub.set_weakened(

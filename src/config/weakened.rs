@@ -27,9 +27,9 @@ pub fn weakened(config: &MessagingConfig) -> Vec<Weakened> {
     let mut found = Found(Vec::new());
     let brokers = config.active_rabbitmq().is_some() || config.active_kafka().is_some();
     if !brokers {
-        if config.data_dir.is_none() {
+        if config.journal_dir().is_none() {
             found.add(
-                "no broker is used, and no data folder",
+                "no broker is used, and nothing is kept on a disk",
                 "C2",
                 "messages live in this process and do not survive it",
             );
@@ -41,7 +41,7 @@ pub fn weakened(config: &MessagingConfig) -> Vec<Weakened> {
             "while a broker is away its publishes fail",
         );
     } else {
-        if config.data_dir.is_none() {
+        if config.journal_dir().is_none() {
             found.add(
                 "the fallback keeps messages in memory",
                 "C2",

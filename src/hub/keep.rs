@@ -7,7 +7,7 @@ use super::{
     MessagingHub,
     accepted::Offer,
     lock,
-    spool::journal::{Left, SpoolLog, Wanted},
+    spool::journal::{FOLDER, Left, SpoolLog, Wanted},
 };
 use crate::{
     broker::{Outcome, Receipt},
@@ -33,8 +33,8 @@ const DISK_FACTOR: u64 = 2;
 const DISK_EXTRA: u64 = 256 * 1024 * 1024;
 
 impl MessagingHub {
-    /// Keeps what is spooled in a folder, and takes up what an earlier process
-    /// left there. Call it after the brokers are plugged in and before the
+    /// Keeps what is spooled in a data folder, and takes up what an earlier
+    /// process left there. Call it after the brokers are plugged in and before the
     /// first publish. The folder is held until [`MessagingHub::close`].
     ///
     /// # Errors
@@ -51,9 +51,13 @@ impl MessagingHub {
         let window = &self.0.config.intake_window;
         let wanted = Wanted {
             ids: usize::try_from(window.ids).unwrap_or(usize::MAX),
-            since: Timestamp::now() - window.age,
+            since: Timestamp::from_millis(
+                Timestamp::now()
+                    .as_millis()
+                    .saturating_sub(i64::try_from(window.age.as_millis()).unwrap_or(i64::MAX)),
+            ),
         };
-        let folder = dir.to_owned();
+        let folder = dir.join(FOLDER);
         let (log, left) = blocking(move || SpoolLog::open(&folder, max, wanted)).await?;
         let log = Arc::new(log);
         *lock(&self.0.store) = Some(log.clone());
@@ -116,7 +120,8 @@ impl MessagingHub {
     }
 }
 
-async fn blocking<T: Send + 'static>(
+/// Runs what waits for a disk where that is allowed.
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|e| {

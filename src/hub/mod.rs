@@ -8,6 +8,8 @@
 
 mod accepted;
 mod admin;
+#[cfg(feature = "journal")]
+mod adopt;
 mod batch;
 pub mod breaker;
 mod close;
@@ -65,6 +67,8 @@ use crate::{
 };
 
 pub use crate::config::HubSettings as HubConfig;
+#[cfg(feature = "journal")]
+pub use adopt::Adopted;
 pub use close::CloseReport;
 #[cfg(feature = "journal")]
 pub use keep::SpoolFound;

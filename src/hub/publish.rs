@@ -27,7 +27,7 @@ use crate::{
         Source,
     },
     error::{Error, ErrorCode, Result},
-    message::{Event, Message, Task},
+    message::{Event, Message, Task, wire::Marks},
     topic::{Pattern, Topic},
 };
 
@@ -270,6 +270,7 @@ impl MessagingHub {
             order,
             confirm: options.confirm && entry.broker.confirms(),
             deadline: since + options.timeout,
+            marks: Marks::default(),
             waiter: Waiter {
                 id: message.id.clone(),
                 since,
@@ -293,7 +294,7 @@ impl MessagingHub {
     }
 
     /// Waits for room in front of a lane.
-    async fn room(
+    pub(super) async fn room(
         &self,
         entry: &TopicEntry,
         lane: u32,

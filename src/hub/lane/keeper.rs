@@ -2,11 +2,18 @@
 //! is on the disk. It decides nothing about messages; without a store it answers
 //! at once that nothing is durable.
 //!
+//! A disk that does not come on (it is full, or stands still) makes nobody wait
+//! for ever: after a while publishers are told that their message is in memory.
+//!
 //! A crash between a write and its sync loses at most messages whose publishers
 //! were never answered, and removals: what was removed then comes back, marked
 //! as a possible duplicate.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -33,7 +40,18 @@ pub(crate) struct Keeper<W> {
     removals: Vec<KeptId>,
     /// Written, not synced; in the order of their numbers. Bounded by the room
     /// that the spool has.
-    unsynced: VecDeque<(u64, Seq, Option<W>)>,
+    unsynced: VecDeque<Unsynced<W>>,
+    /// How long a publisher waits for the disk.
+    patience: Duration,
+    /// Until when publishers were told.
+    gave_up: Option<Instant>,
+}
+
+struct Unsynced<W> {
+    number: u64,
+    seq: Seq,
+    waiter: Option<W>,
+    until: Instant,
 }
 
 struct Store {
@@ -66,7 +84,11 @@ impl<W> Default for Progress<W> {
 }
 
 impl<W> Keeper<W> {
-    pub(crate) fn new(lane: LaneName, kept: Option<Arc<dyn SpoolStore>>) -> Self {
+    pub(crate) fn new(
+        lane: LaneName,
+        kept: Option<Arc<dyn SpoolStore>>,
+        patience: Duration,
+    ) -> Self {
         Self {
             lane,
             store: kept.map(|kept| Store {
@@ -77,12 +99,20 @@ impl<W> Keeper<W> {
             puts: Vec::new(),
             removals: Vec::new(),
             unsynced: VecDeque::new(),
+            patience,
+            gave_up: None,
         }
     }
 
     /// Takes up the names of what an earlier process kept.
     pub(crate) fn restored(&mut self, ids: Runs) {
         self.ids = ids;
+    }
+
+    /// The first messages that are kept.
+    #[cfg(feature = "journal")]
+    pub(crate) fn first(&self, count: usize) -> Vec<Seq> {
+        self.ids.first_keys(count)
     }
 
     /// Nobody waits for the disk.
@@ -159,7 +189,7 @@ impl<W> Keeper<W> {
     }
 
     /// Writes what was noted since the last flush, as one record.
-    pub(crate) fn flush(&mut self) -> Progress<W> {
+    pub(crate) fn flush(&mut self, now: Instant) -> Progress<W> {
         let mut progress = Progress::default();
         let Some(store) = &self.store else {
             return progress;
@@ -174,8 +204,12 @@ impl<W> Keeper<W> {
             Ok(written) => {
                 for (put, id) in puts.into_iter().zip(written.id..) {
                     self.ids.insert(put.seq, id);
-                    self.unsynced
-                        .push_back((written.number, put.seq, put.waiter));
+                    self.unsynced.push_back(Unsynced {
+                        number: written.number,
+                        seq: put.seq,
+                        waiter: put.waiter,
+                        until: now + self.patience,
+                    });
                 }
             }
             Err(error) => {
@@ -211,18 +245,19 @@ impl<W> Keeper<W> {
             return progress;
         };
         let synced = store.synced.borrow_and_update().clone();
-        while let Some((number, _, _)) = self.unsynced.front() {
-            let durable = *number <= synced.lsn;
-            if !durable && synced.poisoned.is_none() {
+        let over = synced.poisoned.is_some() || synced.closed;
+        while let Some(next) = self.unsynced.front() {
+            let durable = next.number <= synced.lsn;
+            if !durable && !over {
                 break;
             }
-            let Some((_, seq, waiter)) = self.unsynced.pop_front() else {
+            let Some(next) = self.unsynced.pop_front() else {
                 break;
             };
             if durable {
-                progress.kept.push(seq);
+                progress.kept.push(next.seq);
             }
-            if let Some(waiter) = waiter {
+            if let Some(waiter) = next.waiter {
                 // With a broken disk it is in memory all the same, and drained
                 // from there: that much is true.
                 progress
@@ -231,6 +266,32 @@ impl<W> Keeper<W> {
             }
         }
         progress
+    }
+
+    /// When the first publisher's patience is over.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.unsynced.get(self.answered()).map(|u| u.until)
+    }
+
+    /// How many of the first unsynced were told already: nobody is looked at
+    /// twice, however long the disk stands still.
+    fn answered(&self) -> usize {
+        let gave_up = self.gave_up;
+        self.unsynced
+            .partition_point(|u| gave_up.is_some_and(|at| u.until <= at))
+    }
+
+    /// Answers those who have waited long enough; what they published is kept
+    /// all the same as soon as the disk comes on.
+    pub(crate) fn give_up(&mut self, now: Instant) -> Vec<(W, Outcome)> {
+        let first = self.answered();
+        self.gave_up = Some(now);
+        let late = self.unsynced.iter_mut().skip(first);
+        let late = late.take_while(|u| u.until <= now);
+        let waiters = late.filter_map(|u| u.waiter.take());
+        waiters
+            .map(|w| (w, Outcome::Spooled { durable: false }))
+            .collect()
     }
 
     /// What is needed to read messages back, on a thread that may block.

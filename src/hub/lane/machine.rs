@@ -85,6 +85,7 @@ pub(crate) struct Intake<W> {
     pub(crate) confirm: bool,
     /// When waiting is over.
     pub(crate) deadline: Instant,
+    pub(crate) marks: Marks,
     pub(crate) waiter: W,
 }
 
@@ -943,7 +944,7 @@ impl<W> Machine<W> {
             let entry = Entry {
                 message: intake.message,
                 order: intake.order,
-                marks: Marks::default(),
+                marks: intake.marks,
                 confirm: intake.confirm,
                 since: now.wall,
                 size,
@@ -960,7 +961,7 @@ impl<W> Machine<W> {
                 token: seq,
                 message: entry.message.clone(),
                 order: entry.order.clone(),
-                marks: Marks::default(),
+                marks: entry.marks.clone(),
                 confirm: entry.confirm,
             });
             self.in_flight.insert(

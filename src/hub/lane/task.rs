@@ -50,6 +50,8 @@ pub(crate) struct Item {
     pub(crate) order: OrderKey,
     pub(crate) confirm: bool,
     pub(crate) deadline: Instant,
+    /// What is known of it beside its fields; nothing, of a new message.
+    pub(crate) marks: Marks,
     pub(crate) waiter: Waiter,
 }
 
@@ -196,7 +198,11 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
     let (settlements, verdicts) = mpsc::unbounded_channel();
     let durable = parts.settings.durable;
     let mut machine = Machine::new(parts.settings.clone());
-    let mut keeper = Keeper::new(parts.name.clone(), parts.store.take());
+    let mut keeper = Keeper::new(
+        parts.name.clone(),
+        parts.store.take(),
+        parts.settings.spool_wait,
+    );
     if let Some(left) = parts.restored.take() {
         machine.restore(left.spool);
         keeper.restored(left.ids);
@@ -287,10 +293,13 @@ impl Task {
                 break;
             }
             let look_again = starved.then(|| now().at + READER_PAUSE);
-            let deadline = [self.machine.next_deadline(now()), reopen, look_again]
-                .into_iter()
-                .flatten()
-                .min();
+            let deadlines = [
+                self.machine.next_deadline(now()),
+                self.keeper.next_deadline(),
+                reopen,
+                look_again,
+            ];
+            let deadline = deadlines.into_iter().flatten().min();
             let wants_intake = open_intake && self.machine.waiting() < WAITING_BOUND;
             let health = self.parts.health.clone();
             tokio::select! {
@@ -383,6 +392,7 @@ impl Task {
                             order: item.order,
                             confirm: item.confirm,
                             deadline: item.deadline,
+                            marks: item.marks,
                             waiter: item.waiter,
                         });
                     }
@@ -401,6 +411,9 @@ impl Task {
                         if connection.borrow().connected {
                             self.machine.broker_back(now);
                         }
+                    }
+                    for (waiter, outcome) in self.keeper.give_up(now.at) {
+                        self.answer(waiter, Ok(outcome));
                     }
                     self.machine.tick(now);
                 }
@@ -429,7 +442,7 @@ impl Task {
         loop {
             let actions = self.machine.take_actions();
             if actions.is_empty() {
-                let progress = self.keeper.flush();
+                let progress = self.keeper.flush(now().at);
                 self.tell(progress);
                 return;
             }

@@ -17,7 +17,7 @@ use crate::{
         spool::{Budget, Entry},
         state::LaneState,
     },
-    message::{Message, MessageId, Timestamp},
+    message::{Message, MessageId, Timestamp, wire::Marks},
 };
 
 const WINDOW: usize = 16;
@@ -209,6 +209,7 @@ impl Sim {
                 order: OrderKey::Publisher(n % KEYS),
                 confirm: true,
                 deadline: self.now + Duration::from_secs(30),
+                marks: Marks::default(),
                 waiter: n,
             },
         );

@@ -23,6 +23,9 @@ use crate::{
 /// The spool of a hub, on the disk.
 pub(crate) struct SpoolLog(Journal);
 
+/// The spool's folder in a data folder.
+pub(crate) const FOLDER: &str = "spool";
+
 /// What an earlier process left.
 #[derive(Debug, Default)]
 pub(crate) struct Left {
@@ -66,6 +69,28 @@ impl SpoolLog {
             return Err(error.on(dir.display().to_string()));
         }
         Ok((Self(journal), left))
+    }
+
+    /// As [`SpoolLog::open`], but only what is there already.
+    ///
+    /// # Errors
+    /// There is no spool in the folder, or as [`SpoolLog::open`].
+    pub(crate) fn open_existing(
+        dir: &Path,
+        max_bytes: u64,
+        wanted: Wanted,
+    ) -> Result<(Self, Left)> {
+        let spool = dir.join(FOLDER);
+        if !spool.is_dir() {
+            return Err(Error::rejected(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "{} holds no spool; name the data folder of a hub, which has a folder {FOLDER:?} in it",
+                    dir.display()
+                ),
+            ));
+        }
+        Self::open(&spool, max_bytes, wanted)
     }
 
     /// What is on the disk.

@@ -20,6 +20,7 @@ pub(crate) use crate::journal::Durable as Synced;
 pub(crate) struct Synced {
     pub(crate) lsn: u64,
     pub(crate) poisoned: Option<std::sync::Arc<str>>,
+    pub(crate) closed: bool,
 }
 
 /// Something written, not necessarily synced.
