@@ -324,7 +324,7 @@ async fn fault_03_other_arguments_are_drift_and_cost_no_publisher_its_channel() 
 }
 
 #[tokio::test]
-async fn faults_04_and_13_both_subscribers_of_a_queue_outlive_a_killed_server() {
+async fn fault_04_fault_13_both_subscribers_of_a_queue_outlive_a_killed_server() {
     let mut rabbit = need!(Rabbit::start(RabbitVersion::V3_10).await);
     let broker = connected(config(rabbit.url()), Topology::default()).await;
     let queue = Topic::new(unique("survivor")).unwrap();
@@ -369,7 +369,7 @@ async fn faults_04_and_13_both_subscribers_of_a_queue_outlive_a_killed_server() 
 }
 
 #[tokio::test]
-async fn faults_05_and_06_a_failed_message_comes_back_counted_and_ends_in_the_dead_letters() {
+async fn fault_05_fault_06_a_failed_message_comes_back_counted_and_ends_in_the_dead_letters() {
     for version in RabbitVersion::ALL {
         let rabbit = need!(shared_rabbit(version).await);
         let retry = unique("retry");

@@ -16,7 +16,7 @@ use messaging_hub::{
 use super::{body, broker, broker_with, message, publish, queue, take, topic};
 
 #[tokio::test(start_paused = true)]
-async fn a_publish_before_any_subscriber_is_kept() {
+async fn fault_02_a_publish_before_any_subscriber_is_kept() {
     let broker = broker().await;
     publish(&broker, "tasks.early", &["a", "b"]).await;
     let mut consumer = broker
@@ -34,7 +34,7 @@ async fn a_publish_before_any_subscriber_is_kept() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_priority_queue_is_fifo_within_a_priority_also_after_a_requeue() {
+async fn fault_09_a_priority_queue_is_fifo_within_a_priority_also_after_a_requeue() {
     let broker = broker().await;
     let to = topic("tasks.prio");
     for (body, priority) in [("a5", 5), ("b5", 5), ("c9", 9), ("d5", 5), ("e9", 9)] {
@@ -243,7 +243,7 @@ async fn a_worker_waits_for_a_task_and_leaves_nothing_behind_when_it_gives_up() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn closing_twice_is_fine_and_ends_consumers_and_waits() {
+async fn fault_19_closing_twice_is_fine_and_ends_consumers_and_waits() {
     let broker = broker().await;
     let to = topic("tasks.close");
     broker
@@ -436,7 +436,7 @@ async fn an_unknown_topic_is_refused_where_nothing_is_made_by_itself() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_says_of_each_message_what_became_of_it() {
+async fn fault_11_a_batch_says_of_each_message_what_became_of_it() {
     let broker = broker().await;
     let to = topic("tasks.batch");
     let options = QueueOptions {
@@ -492,7 +492,7 @@ async fn a_task_is_not_handed_out_before_it_is_scheduled() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_queue_is_declared_once_and_drift_is_named() {
+async fn fault_03_a_queue_is_declared_once_and_drift_is_named() {
     let broker = broker().await;
     let to = topic("tasks.declared");
     let options = QueueOptions {
@@ -607,7 +607,7 @@ async fn an_exclusive_consumer_keeps_others_out() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn many_publishers_and_consumers_lose_and_repeat_nothing() {
+async fn fault_19_many_publishers_and_consumers_lose_and_repeat_nothing() {
     const PUBLISHERS: usize = 4;
     const EACH: usize = 500;
     let broker = broker().await;

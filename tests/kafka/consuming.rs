@@ -24,7 +24,7 @@ async fn offset(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failed_message_is_not_skipped_when_a_later_one_commits() {
+async fn fault_14_a_failed_message_is_not_skipped_when_a_later_one_commits() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "skip", 1).await;
@@ -71,7 +71,7 @@ async fn a_failed_message_is_not_skipped_when_a_later_one_commits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_subscribers_of_a_topic_both_get_everything() {
+async fn fault_13_two_subscribers_of_a_topic_both_get_everything() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "two", 3).await;

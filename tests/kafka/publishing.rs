@@ -40,7 +40,7 @@ async fn what_is_published_is_confirmed_and_consumed_and_closing_twice_is_fine()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn order_per_key_is_kept_and_keys_spread_over_the_partitions() {
+async fn fault_14_order_per_key_is_kept_and_keys_spread_over_the_partitions() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "order", 6).await;
@@ -66,7 +66,7 @@ async fn order_per_key_is_kept_and_keys_spread_over_the_partitions() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_land_where_kafkas_own_partitioners_put_them() {
+async fn fault_14_keys_land_where_kafkas_own_partitioners_put_them() {
     let node = need!(shared_kafka().await);
     for (murmur2, partitioner) in [(false, "consistent"), (true, "murmur2")] {
         let broker = connected(KafkaConfig {
@@ -111,7 +111,7 @@ async fn keys_land_where_kafkas_own_partitioners_put_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_has_one_outcome_for_each_message() {
+async fn fault_11_a_batch_has_one_outcome_for_each_message() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = Topic::new(unique("batch")).unwrap();
@@ -200,7 +200,7 @@ async fn an_unknown_topic_is_refused_and_made_where_that_is_allowed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn compression_is_what_was_asked_for_in_the_stored_batches() {
+async fn fault_14_compression_is_what_was_asked_for_in_the_stored_batches() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     for (compression, code) in [
@@ -253,7 +253,7 @@ fn find_log(under: &std::path::Path, partition: &str) -> std::path::PathBuf {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_broker_address_is_dialled() {
+async fn fault_14_every_broker_address_is_dialled() {
     let node = need!(shared_kafka().await);
     // Nothing listens at the first two.
     let broker = connected(KafkaConfig {
@@ -290,7 +290,7 @@ async fn a_broker_that_is_not_there_says_so_and_refuses_lanes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ids_are_unique_and_foreign_records_get_one_from_their_place() {
+async fn fault_16_ids_are_unique_and_foreign_records_get_one_from_their_place() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "ids", 2).await;
