@@ -16,6 +16,40 @@ use messaging_hub::{
 use super::{body, broker, broker_with, message, publish, queue, take, topic};
 
 #[tokio::test(start_paused = true)]
+async fn fault_01_confirmed_publishes_one_after_the_other_do_not_block() {
+    let broker = broker().await;
+    let to = topic("tasks.confirms");
+    broker
+        .declare_queue(&to, &QueueOptions::default())
+        .await
+        .unwrap();
+    let mut lane = broker
+        .open_lane(&to, 0, &LaneOptions::default())
+        .await
+        .unwrap();
+    for token in 0..1000 {
+        let one = Submission {
+            token,
+            message: Arc::new(message("x")),
+            order: OrderKey::Publisher(1),
+            marks: Marks::default(),
+            confirm: true,
+        };
+        lane.submissions.send(vec![one]).await.unwrap();
+        let answer = tokio::time::timeout(Duration::from_secs(5), lane.confirmations.recv())
+            .await
+            .expect("a confirm")
+            .unwrap();
+        assert!(
+            answer.token == token && matches!(answer.fate, Fate::Confirmed(_)),
+            "{answer:?}"
+        );
+    }
+    assert_eq!(broker.queue_depth(&to).await.unwrap(), 1000);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn fault_02_a_publish_before_any_subscriber_is_kept() {
     let broker = broker().await;
     publish(&broker, "tasks.early", &["a", "b"]).await;
@@ -239,6 +273,23 @@ async fn a_worker_waits_for_a_task_and_leaves_nothing_behind_when_it_gives_up() 
     assert!(again.redelivered);
     again.ack().await.unwrap();
     assert_eq!(broker.queue_stats(&to).await.unwrap().consumers, 0);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn fault_16_two_thousand_messages_have_two_thousand_ids() {
+    let broker = broker().await;
+    publish(&broker, "tasks.ids", &["x"; 2000]).await;
+    let mut consumer = broker
+        .consume(
+            &queue("tasks.ids"),
+            &SubscribeOptions::default().with_prefetch(2000),
+        )
+        .await
+        .unwrap();
+    let got = take(&mut consumer, 2000).await;
+    let ids: std::collections::BTreeSet<_> = got.iter().map(|d| d.id.clone()).collect();
+    assert_eq!(ids.len(), 2000);
     broker.close().await.unwrap();
 }
 
