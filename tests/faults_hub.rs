@@ -7,7 +7,7 @@
 mod support;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering::SeqCst},
@@ -16,17 +16,17 @@ use std::{
 };
 
 use messaging_hub::{
-    ErrorCode, Message, MessagingHub, MessagingSystem, Outcome, SubscribeOptions, Timestamp,
+    ErrorCode, Message, MessagingSystem, Outcome, SubscribeOptions, Timestamp,
     adapter::{
         kafka::KafkaConfig,
         rabbitmq::{RabbitMqBroker, RabbitMqConfig},
     },
     broker::{
         BrokerType, Consumer, Delivery, HandlerError, MessageBroker, QueueOptions, Received,
-        SeekTo, StartFrom, TaskQueueBroker, TopicOptions,
+        SeekTo, StartFrom, Subscription, TaskQueueBroker, TopicOptions,
     },
     config::MessagingConfig,
-    hub::breaker::BreakerState,
+    hub::{MessagingHub, breaker::BreakerState},
     message::Priority,
     secret::Secret,
     topology::{QueueSpec, Topology, TopologyMode},
@@ -297,12 +297,12 @@ async fn fault_16_two_thousand_publishes_at_once_have_two_thousand_ids() {
             })
         })
         .collect();
-    let mut ids = BTreeSet::new();
+    let mut ids = HashSet::new();
     for task in publishing {
         ids.extend(task.await.unwrap());
     }
     assert_eq!(ids.len(), 2000);
-    let mut read = BTreeSet::new();
+    let mut read = HashSet::new();
     while read.len() < 2000 {
         let leased = hub.lease(&topic, 500, SOON).await.unwrap();
         assert!(!leased.is_empty(), "{} were read", read.len());
@@ -347,6 +347,7 @@ async fn fault_04_fault_12_fault_13_both_subscribers_of_a_queue_outlive_rabbitmq
     // of one, only two that live get any further.
     let both = Arc::new(Barrier::new(2));
     let (handled, mut done) = mpsc::unbounded_channel();
+    let mut subscriptions = Vec::new();
     for _ in 0..2 {
         let (both, handled) = (both.clone(), handled.clone());
         let handler = move |received: Received| {
@@ -358,7 +359,7 @@ async fn fault_04_fault_12_fault_13_both_subscribers_of_a_queue_outlive_rabbitmq
             }
         };
         let options = SubscribeOptions::default().with_prefetch(1);
-        hub.subscribe_tasks(&name, options, handler).await.unwrap();
+        subscriptions.push(hub.subscribe_tasks(&name, options, handler).await.unwrap());
     }
     let mut pair = async |round: &str| {
         for n in 0..2 {
@@ -378,6 +379,7 @@ async fn fault_04_fault_12_fault_13_both_subscribers_of_a_queue_outlive_rabbitmq
     rabbit.restart().await;
     health_is(&hub, BrokerType::RabbitMq, true).await;
     pair("after").await;
+    assert!(subscriptions.iter().all(Subscription::is_active));
     // The arguments are what they were: declaring them again is no drift.
     hub.declare_queue(&name, &arguments).await.unwrap();
     assert_eq!(system.close().await.left_in_memory_spool, 0);
@@ -421,6 +423,7 @@ async fn fault_08_on_the_fallback_an_event_reaches_each_of_two_subscribers() {
     let (system, hub) = started(alone()).await;
     let topic = stream(&hub, 3).await;
     let (sent, mut got) = mpsc::unbounded_channel();
+    let mut subscriptions = Vec::new();
     for name in ["one", "two"] {
         let sent = sent.clone();
         let handler = move |received: Received| {
@@ -432,6 +435,7 @@ async fn fault_08_on_the_fallback_an_event_reaches_each_of_two_subscribers() {
             .await
             .unwrap();
         assert!(subscription.active().await);
+        subscriptions.push(subscription);
     }
     for n in 0..50 {
         publish(&hub, &topic, text(n.to_string())).await;
@@ -445,6 +449,7 @@ async fn fault_08_on_the_fallback_an_event_reaches_each_of_two_subscribers() {
         );
     }
     assert!(seen["one"].len() == 50 && seen["two"].len() == 50);
+    drop(subscriptions);
     system.close().await;
 }
 
@@ -607,17 +612,21 @@ async fn fault_19_closing_twice_and_using_it_from_many_tasks_is_safe() {
                     .unwrap();
                 for n in 0..50 {
                     publish(&hub, &topic, text(format!("{task}-{n}"))).await;
-                    hub.state();
-                    hub.metrics();
+                    let _ = hub.state();
+                    let _ = hub.metrics();
                 }
-                if task > 0 {
-                    subscription.unsubscribe().await;
+                // One stays, for what the others leave.
+                if task == 0 {
+                    return Some(subscription);
                 }
+                subscription.unsubscribe().await;
+                None
             })
         })
         .collect();
+    let mut stays = Vec::new();
     for task in using {
-        task.await.unwrap();
+        stays.extend(task.await.unwrap());
     }
     let mut got = BTreeSet::new();
     while got.len() < 400 {
@@ -645,10 +654,10 @@ async fn fault_19_breaker_and_retry_settings_are_used() {
         };
         // Three probes have failed: it was asked again after the second.
         let mut probes = BTreeSet::new();
-        wait::until(SOON, "three failed probes", async || {
+        wait::until(SOON, "three failed probes", || {
             let broker = broker();
             probes.extend(broker.probe_error.and(broker.last_probe));
-            probes.len() >= 3
+            std::future::ready(probes.len() >= 3)
         })
         .await;
         assert_eq!(broker().breaker, Some(expected), "threshold {threshold}");
@@ -675,7 +684,8 @@ async fn fault_19_breaker_and_retry_settings_are_used() {
             Err(HandlerError::retry("boom"))
         }
     };
-    hub.subscribe_events(&topic, SubscribeOptions::group("g"), handler)
+    let subscription = hub
+        .subscribe_events(&topic, SubscribeOptions::group("g"), handler)
         .await
         .unwrap();
     // In the lane of one key, so the good one comes when the bad one is over.
@@ -685,5 +695,6 @@ async fn fault_19_breaker_and_retry_settings_are_used() {
         .await
         .unwrap();
     assert_eq!(attempts.load(SeqCst), 2);
+    subscription.unsubscribe().await;
     system.close().await;
 }

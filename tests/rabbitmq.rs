@@ -502,7 +502,7 @@ async fn fault_16_two_thousand_messages_have_two_thousand_ids() {
     all_confirmed(&publish_all(&broker, &queue, messages).await);
     let options = SubscribeOptions::default().with_prefetch(500);
     let mut consumer = broker.consume(&of(&queue), &options).await.unwrap();
-    let mut ids = BTreeSet::new();
+    let mut ids = std::collections::HashSet::new();
     while ids.len() < 2000 {
         for delivery in receive(&mut consumer, 1).await {
             assert!(
