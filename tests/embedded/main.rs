@@ -1,5 +1,7 @@
 //! The embedded broker through its public interface.
 
+#[cfg(feature = "journal")]
+mod durable;
 mod handlers;
 mod queues;
 mod streams;

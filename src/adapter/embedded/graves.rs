@@ -11,7 +11,8 @@ use super::{
     state::{QueueId, State},
 };
 use crate::{
-    error::{ErrorCode, Result},
+    broker::BrokerType,
+    error::{Error, ErrorCode, Result},
     message::{Message, MessageState, Timestamp, wire::Failure},
     topic::Topic,
 };
@@ -47,7 +48,10 @@ impl State {
         self.check_room(cost(message))?;
         let entry = entry_for(&name, message, &self.no_marks.clone(), None);
         let entry = dead_letter(entry, failure.clone());
-        let mut copies = self.copies(now, from_id, entry, true, 0);
+        let mut copies = self.copies(now, from_id, entry, true, 0).ok_or_else(|| {
+            Error::new(ErrorCode::DeadLetterFailed, "there is no queue for dead letters")
+                .at(BrokerType::InMemory)
+        })?;
         self.keep(now, None, &mut copies, None)
             .map_err(|refused| refused.error(ErrorCode::DeadLetterFailed))?;
         self.lay(now, copies, 0);
@@ -80,7 +84,11 @@ impl State {
         hops: u8,
     ) {
         let old = entry.record.take();
-        let mut copies = self.copies(now, from, entry, keep_in_place, hops);
+        // Where nothing can take it, the log keeps it, and it dies there again
+        // after a restart.
+        let Some(mut copies) = self.copies(now, from, entry, keep_in_place, hops) else {
+            return;
+        };
         if let Err(refused) = self.keep(now, old, &mut copies, None) {
             // It is here already, so it goes on here. In the log it stays where
             // it was, and dies there again after a crash; whoever is done with
@@ -93,7 +101,8 @@ impl State {
         self.lay(now, copies, hops);
     }
 
-    /// A dead letter for each queue that it goes to.
+    /// A dead letter for each queue that it goes to; none when the queue for it
+    /// cannot be made.
     fn copies(
         &mut self,
         now: Timestamp,
@@ -101,11 +110,11 @@ impl State {
         mut entry: Entry,
         keep_in_place: bool,
         hops: u8,
-    ) -> Vec<(QueueId, Entry)> {
+    ) -> Option<Vec<(QueueId, Entry)>> {
         self.recorder.messages_dead_lettered.inc();
         entry.deliveries = 0;
         let mut copies = Vec::new();
-        for target in self.graves(now, from, &entry) {
+        for target in self.graves(now, from, &entry)? {
             // What dies by itself in the queue of its own dead letters, or goes
             // round between full queues, ends here, as it does in RabbitMQ.
             if (target == from && !keep_in_place) || hops >= MAX_HOPS {
@@ -122,7 +131,7 @@ impl State {
             Arc::make_mut(&mut copy.message).topic = Some(queue.name.as_str().to_owned());
             copies.push((target, copy));
         }
-        copies
+        Some(copies)
     }
 
     /// Puts dead letters into their queues.
@@ -154,7 +163,7 @@ impl State {
 
     /// The queues that the dead letters of `from` go to: by its dead-letter
     /// exchange, else, or when that leads nowhere, the topology's queue.
-    fn graves(&mut self, now: Timestamp, from: QueueId, entry: &Entry) -> Vec<QueueId> {
+    fn graves(&mut self, now: Timestamp, from: QueueId, entry: &Entry) -> Option<Vec<QueueId>> {
         let by_exchange = self.queues.get(&from).and_then(|queue| {
             let options = queue.core.options();
             let exchange = options.dead_letter_exchange.as_deref()?;
@@ -171,24 +180,32 @@ impl State {
             .filter_map(|name| self.queue_names.get(name.as_str()).copied())
             .collect();
         if !found.is_empty() {
-            return found;
+            return Some(found);
         }
+        match self.declare_graveyard(now) {
+            Ok(id) => Some(vec![id]),
+            Err(error) => {
+                tracing::error!(%error, "there is no queue for dead letters; a message is dropped");
+                None
+            }
+        }
+    }
+
+    /// The topology's queue for dead letters, made when missing.
+    ///
+    /// # Errors
+    /// As [`State::declare_queue`].
+    pub(super) fn declare_graveyard(&mut self, now: Timestamp) -> Result<QueueId> {
         let name = self.topology.dead_letter_queue().to_owned();
         if let Some(id) = self.queue_id(&name) {
-            return vec![id];
+            return Ok(id);
         }
         let options = self
             .topology
             .queue(&name)
             .map(|q| q.options.clone())
             .unwrap_or_default();
-        match self.declare_queue(now, &name, &options) {
-            Ok(id) => vec![id],
-            Err(error) => {
-                tracing::error!(%error, "there is no queue for dead letters; a message is dropped");
-                Vec::new()
-            }
-        }
+        self.declare_queue(now, &name, &options)
     }
 }
 

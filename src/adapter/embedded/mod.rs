@@ -125,10 +125,15 @@ impl EmbeddedBroker {
             };
             shared.store.get_or_try_init(open).await?;
         }
-        shared
-            .durably(|state, now| state.check_topology(now, true))
-            .await
-            .map(drop)
+        let made = shared.durably(|state, now| {
+            state.check_topology(now, true)?;
+            if state.queue_log.is_durable() {
+                // Before a full journal can refuse it.
+                state.declare_graveyard(now)?;
+            }
+            Ok(())
+        });
+        made.await
     }
 }
 
