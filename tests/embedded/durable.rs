@@ -171,12 +171,12 @@ async fn what_is_due_during_the_restart_is_done_after_it() {
     let dead = next(&broker, "helixagent.dlq").await.unwrap();
     assert_eq!(body(&dead), "expires");
     assert_eq!(dead.marks.failure.as_ref().unwrap().reason, "expired");
-    assert_eq!(
-        body(&next(&broker, "tasks.rest").await.unwrap()),
-        "rests"
-    );
+    assert_eq!(body(&next(&broker, "tasks.rest").await.unwrap()), "rests");
     let retried = next(&broker, "tasks.retry").await.unwrap();
-    assert_eq!((body(&retried).as_str(), retried.retry_count), ("retried", 1));
+    assert_eq!(
+        (body(&retried).as_str(), retried.retry_count),
+        ("retried", 1)
+    );
     // The dead letter was moved in one batch: it is not in both places.
     dead.ack().await.unwrap();
     broker.close().await.unwrap();
@@ -192,10 +192,7 @@ async fn a_dead_letter_comes_back_with_its_marks_and_only_once() {
     let broker = open(dir.path()).await;
     publish(&broker, "tasks.a", &["x"]).await;
     let delivery = next(&broker, "tasks.a").await.unwrap();
-    delivery
-        .dead_letter("handler_error", "boom")
-        .await
-        .unwrap();
+    delivery.dead_letter("handler_error", "boom").await.unwrap();
     broker.close().await.unwrap();
     let broker = open(dir.path()).await;
     assert!(next(&broker, "tasks.a").await.is_none());
@@ -226,10 +223,7 @@ async fn what_was_purged_or_deleted_stays_away() {
     broker.close().await.unwrap();
     let broker = open(dir.path()).await;
     assert_eq!(broker.queue_depth(&topic("tasks.purged")).await.unwrap(), 0);
-    assert_eq!(
-        body(&next(&broker, "tasks.deleted").await.unwrap()),
-        "c"
-    );
+    assert_eq!(body(&next(&broker, "tasks.deleted").await.unwrap()), "c");
     assert!(next(&broker, "tasks.deleted").await.is_none());
     let described = broker
         .topic_metadata(&topic("events.deleted"))
@@ -334,7 +328,10 @@ async fn streams_come_back_with_offsets_settings_and_positions() {
         .unwrap();
     let all = take(&mut reader, 10).await;
     assert!(all.iter().all(|d| body(d)
-        == format!("{}", d.offset.unwrap() * 2 + i64::from(d.partition.unwrap()))));
+        == format!(
+            "{}",
+            d.offset.unwrap() * 2 + i64::from(d.partition.unwrap())
+        )));
     let at = publish_one(&broker, "events.durable", message("n").with_partition(0)).await;
     assert_eq!(at.unwrap().offset, 5);
     drop(again);

@@ -49,8 +49,11 @@ impl State {
         let entry = entry_for(&name, message, &self.no_marks.clone(), None);
         let entry = dead_letter(entry, failure.clone());
         let mut copies = self.copies(now, from_id, entry, true, 0).ok_or_else(|| {
-            Error::new(ErrorCode::DeadLetterFailed, "there is no queue for dead letters")
-                .at(BrokerType::InMemory)
+            Error::new(
+                ErrorCode::DeadLetterFailed,
+                "there is no queue for dead letters",
+            )
+            .at(BrokerType::InMemory)
         })?;
         self.keep(now, None, &mut copies, None)
             .map_err(|refused| refused.error(ErrorCode::DeadLetterFailed))?;

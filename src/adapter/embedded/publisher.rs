@@ -159,7 +159,11 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
             batch.extend(more);
         }
         let began = Instant::now();
-        let (now, later) = write(shared, topic, way, batch, began);
+        let (mut now, mut later) = write(shared, topic, way, batch, began);
+        if later.mark.is_nothing() && unsynced.batches.is_empty() {
+            count(shared, 0, later.answers.iter().map(|c| &c.fate), began);
+            now.append(&mut later.answers);
+        }
         unsynced.push(later);
         for confirmation in now {
             if !answer(shared, &port, confirmation).await {
@@ -187,7 +191,7 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
 }
 
 /// Writes a batch under one lock: the answers that wait for nothing, and those
-/// that wait for the journal.
+/// that wait, in their order, for the journal.
 fn write(
     shared: &Shared,
     topic: &Topic,
@@ -196,7 +200,7 @@ fn write(
     began: Instant,
 ) -> (Vec<Confirmation>, Written) {
     let bytes: usize = batch.iter().map(|s| s.message.payload.len()).sum();
-    let ((now, later), mark) = shared.step_marked(|state, now| {
+    let ((now, answers), mark) = shared.step_marked(|state, now| {
         let target = state.resolve(now, topic, way);
         let mut answers = (Vec::new(), Vec::new());
         for submission in batch {
@@ -209,12 +213,8 @@ fn write(
             } = submission;
             let marks = state.shared_marks(marks);
             let fate = state.accept(now, &target, &message, &marks, &order);
-            let waits = confirm
-                && message.is_persistent()
-                && matches!(fate, Fate::Confirmed(_))
-                && !matches!(target, Ok(Target::Nowhere));
             let confirmation = Confirmation { token, fate };
-            if waits {
+            if confirm && message.is_persistent() {
                 answers.1.push(confirmation);
             } else {
                 answers.0.push(confirmation);
@@ -223,14 +223,10 @@ fn write(
         state.pump_target(now, &target);
         answers
     });
-    let (mut now, mut later) = (now, later);
-    if mark.is_nothing() {
-        now.append(&mut later);
-    }
     count(shared, bytes as u64, now.iter().map(|c| &c.fate), began);
     let written = Written {
         mark,
-        answers: later,
+        answers,
         began,
     };
     (now, written)

@@ -110,7 +110,7 @@ async fn run(seed: u64) {
             16 => {
                 let partition = random.usize(..2);
                 let high = i64::try_from(model.events[partition].len()).unwrap();
-                let to = random.i64(..=high);
+                let to = random.i64(0..=high);
                 broker
                     .commit_offset("g", &topic(EVENTS), i32::try_from(partition).unwrap(), to)
                     .await
