@@ -182,6 +182,10 @@ impl MessagingHub {
             .map(|b| (b.broker_type(), b.is_connected()))
             .collect();
         let rules = self.0.controls.borrow().clone();
+        #[cfg(feature = "journal")]
+        let durable = self.spool_is_durable();
+        #[cfg(not(feature = "journal"))]
+        let durable = false;
         let mut routes: Vec<RouteState> = table
             .all()
             .iter()
@@ -190,7 +194,10 @@ impl MessagingHub {
                 kind: r.kind,
                 primary: r.primary,
                 state: LaneState::Primary,
-                spool: SpoolState::default(),
+                spool: SpoolState {
+                    durable: durable && r.spool,
+                    ..SpoolState::default()
+                },
                 drain: DrainState::default(),
                 paused: rules.of_pattern(&r.pattern).hold != Hold::Nothing,
             })

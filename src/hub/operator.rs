@@ -522,7 +522,15 @@ async fn ask(name: &LaneName, asks: &mpsc::Sender<Ask>, wanted: PageWanted) -> R
     asks.send(Ask::Page(wanted, answer))
         .await
         .map_err(|_| ended())?;
-    page.await.map_err(|_| ended())
+    let page = page.await.map_err(|_| ended())?;
+    if page.is_whole() {
+        return Ok(page);
+    }
+    tokio::task::spawn_blocking(move || page.read())
+        .await
+        .map_err(|e| {
+            Error::new(ErrorCode::UnknownError, "reading the spool panicked").caused_by(e)
+        })?
 }
 
 fn spooled(name: &LaneName, seq: Seq, entry: Entry, status: Status) -> SpooledMessage {

@@ -12,7 +12,6 @@ use super::{Limit, Machine, Now, Seq};
 use crate::hub::{
     controls::{Controls, Hold},
     lane::machine::Action,
-    spool::{Entry, Status},
     state::LaneState,
 };
 
@@ -128,9 +127,9 @@ impl<W> Machine<W> {
         self.next_seq
     }
 
-    /// Spooled messages from a place on, in publish order.
-    pub(crate) fn from(&self, seq: Seq) -> impl Iterator<Item = (Seq, &Entry, Status)> {
-        self.spool.from(seq)
+    /// Everything up to this was left by an earlier process.
+    pub(crate) fn restored(&self) -> Seq {
+        self.restored
     }
 
     /// An operator slows the drain: publishers do not wait for it.
