@@ -210,12 +210,16 @@ impl Disk {
         self.inner.lock().unwrap()
     }
 
-    /// Counts an operation that changes something; `torn` does what is left of
-    /// it when the power fails in its middle.
-    fn step(&self, torn: impl FnOnce(&mut Inner)) -> io::Result<MutexGuard<'_, Inner>> {
+    fn run_hook(&self) {
         if let Some(hook) = &mut *self.hook.lock().unwrap() {
             hook();
         }
+    }
+
+    /// Counts an operation that changes something; `torn` does what is left of
+    /// it when the power fails in its middle.
+    fn step(&self, torn: impl FnOnce(&mut Inner)) -> io::Result<MutexGuard<'_, Inner>> {
+        self.run_hook();
         let mut inner = self.lock();
         if inner.crashed {
             return Err(io::Error::other("the power is off"));
@@ -317,6 +321,7 @@ impl SegmentFile for DiskFile {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        self.disk.run_hook();
         let inner = self.disk.lock();
         let data = &inner.files[self.at].data;
         let rest = data.get(offset as usize..).unwrap_or_default();

@@ -6,7 +6,7 @@ use super::{disk::Faults, *};
 
 #[test]
 fn random_work_with_power_cuts_loses_nothing_that_was_durable() {
-    let seeds = std::env::var("JOURNAL_SEEDS").map_or(300, |n| n.parse().unwrap());
+    let seeds = std::env::var("JOURNAL_SEEDS").map_or(100, |n| n.parse().unwrap());
     let mut seen = Seen::default();
     for seed in 0..seeds {
         run(seed, &mut seen);
@@ -91,8 +91,10 @@ fn busy_callers(
 ) -> Box<dyn FnMut() + Send> {
     let (shared, model) = (rig.shared.clone(), model.clone());
     Box::new(move || {
-        if rng.u8(..3) == 0 {
-            let mut model = model.lock().unwrap();
+        // The test's own reads hold the model, and nothing is appended to it then.
+        if rng.u8(..3) == 0
+            && let Ok(mut model) = model.try_lock()
+        {
             let batch = random_batch(&mut rng, &model);
             // Refused when full or stopped, as anybody may be.
             let _ = model.append_to(&shared, batch);
