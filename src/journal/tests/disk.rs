@@ -13,7 +13,13 @@ use super::super::storage::{SegmentFile, Storage};
 
 /// A disk in memory. Clones share it.
 #[derive(Clone, Default)]
-pub(super) struct Disk(Arc<Mutex<Inner>>);
+pub(super) struct Disk {
+    inner: Arc<Mutex<Inner>>,
+    hook: Arc<Mutex<Option<Hook>>>,
+}
+
+/// Done while an operation is under way, which is how long a slow disk takes.
+type Hook = Box<dyn FnMut() + Send>;
 
 #[derive(Default)]
 struct Inner {
@@ -74,6 +80,11 @@ impl Disk {
 
     pub(super) fn set_faults(&self, faults: Faults) {
         self.lock().faults = faults;
+    }
+
+    /// What others do while the disk works; `None` to end it.
+    pub(super) fn set_hook(&self, hook: Option<Hook>) {
+        *self.hook.lock().unwrap() = hook;
     }
 
     /// Changing operations so far.
@@ -196,12 +207,19 @@ impl Disk {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap()
+        self.inner.lock().unwrap()
+    }
+
+    fn run_hook(&self) {
+        if let Some(hook) = &mut *self.hook.lock().unwrap() {
+            hook();
+        }
     }
 
     /// Counts an operation that changes something; `torn` does what is left of
     /// it when the power fails in its middle.
     fn step(&self, torn: impl FnOnce(&mut Inner)) -> io::Result<MutexGuard<'_, Inner>> {
+        self.run_hook();
         let mut inner = self.lock();
         if inner.crashed {
             return Err(io::Error::other("the power is off"));
@@ -303,6 +321,7 @@ impl SegmentFile for DiskFile {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        self.disk.run_hook();
         let inner = self.disk.lock();
         let data = &inner.files[self.at].data;
         let rest = data.get(offset as usize..).unwrap_or_default();

@@ -21,6 +21,9 @@ use super::{
 };
 use disk::Disk;
 
+/// What a batch put.
+type Puts = Vec<(EntryId, Bytes)>;
+
 /// Live entries.
 type Entries = BTreeMap<EntryId, Bytes>;
 
@@ -103,7 +106,7 @@ impl Rig {
 #[derive(Clone, Default)]
 struct Model {
     base: Entries,
-    batches: Vec<(Vec<(EntryId, Bytes)>, Vec<EntryId>)>,
+    batches: Vec<(Puts, Vec<EntryId>)>,
     now: Entries,
 }
 
@@ -118,7 +121,11 @@ impl Model {
 
     /// Appends to both.
     fn append(&mut self, rig: &Rig, batch: Batch) -> Result<Appended, JournalError> {
-        let appended = rig.append(batch.clone())?;
+        self.append_to(&rig.shared, batch)
+    }
+
+    fn append_to(&mut self, shared: &Shared, batch: Batch) -> Result<Appended, JournalError> {
+        let appended = shared.lock().append(batch.clone())?;
         let puts: Vec<_> = (appended.first..).zip(batch.puts).collect();
         apply(&mut self.now, &puts, &batch.removes);
         self.batches.push((puts, batch.removes));

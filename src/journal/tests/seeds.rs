@@ -1,10 +1,12 @@
 //! Random work against a model, with power cuts, over many seeds.
 
+use std::sync::Mutex;
+
 use super::{disk::Faults, *};
 
 #[test]
 fn random_work_with_power_cuts_loses_nothing_that_was_durable() {
-    let seeds = std::env::var("JOURNAL_SEEDS").map_or(300, |n| n.parse().unwrap());
+    let seeds = std::env::var("JOURNAL_SEEDS").map_or(100, |n| n.parse().unwrap());
     let mut seen = Seen::default();
     for seed in 0..seeds {
         run(seed, &mut seen);
@@ -46,16 +48,22 @@ fn run(seed: u64, seen: &mut Seen) {
             ..Faults::default()
         };
         disk.set_faults(faults);
+        let shared_model = Arc::new(Mutex::new(std::mem::take(&mut model)));
+        disk.set_hook(Some(busy_callers(&rig, &shared_model, rng.fork())));
         for _ in 0..rng.u32(1..200) {
+            let mut model = shared_model.lock().unwrap();
             let batch = random_batch(&mut rng, &model);
             let Ok(_) = model.append(&rig, batch) else {
                 break;
             };
+            drop(model);
             if rng.u8(..4) == 0 && rig.turn().is_err() {
                 break;
             }
-            check_reads(&rig, &model, &mut rng, &context);
+            check_reads(&rig, &shared_model.lock().unwrap(), &mut rng, &context);
         }
+        disk.set_hook(None);
+        model = std::mem::take(&mut *shared_model.lock().unwrap());
         synced = rig.synced();
         seen.batches += model.batches.len() as u64;
         let state = rig.shared.lock();
@@ -73,6 +81,25 @@ fn run(seed: u64, seen: &mut Seen) {
         seen.cuts += 1;
         disk = disk.after_power_cut(&mut rng);
     }
+}
+
+/// Callers who go on appending and removing while the writer waits for the disk.
+fn busy_callers(
+    rig: &Rig,
+    model: &Arc<Mutex<Model>>,
+    mut rng: fastrand::Rng,
+) -> Box<dyn FnMut() + Send> {
+    let (shared, model) = (rig.shared.clone(), model.clone());
+    Box::new(move || {
+        // The test's own reads hold the model, and nothing is appended to it then.
+        if rng.u8(..3) == 0
+            && let Ok(mut model) = model.try_lock()
+        {
+            let batch = random_batch(&mut rng, &model);
+            // Refused when full or stopped, as anybody may be.
+            let _ = model.append_to(&shared, batch);
+        }
+    })
 }
 
 /// Opens, with a power cut while opening now and then.
