@@ -51,8 +51,9 @@ impl EmbeddedFactory {
     #[must_use]
     pub fn broker(&self) -> Arc<EmbeddedBroker> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that is about to connect has no reason not to be connected.
         if let Some(broker) = &*current
-            && broker.is_connected()
+            && (broker.is_connected() || broker.connection().borrow().reason.is_none())
         {
             return broker.clone();
         }
