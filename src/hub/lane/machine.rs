@@ -298,7 +298,7 @@ impl<W> Machine<W> {
         }
         if let Some(limit) = &self.limit
             && self.may_drain()
-            && self.spool.ready() > 0
+            && self.spool.next_to_drain().is_some()
             && self.has_drain_window()
         {
             at_least(limit.next());

@@ -22,19 +22,22 @@ impl<W> Machine<W> {
     /// Does what operators want of this lane; what holds already changes
     /// nothing.
     pub(crate) fn control(&mut self, now: Now, wanted: Controls) {
-        self.limit_drain(now, wanted.rate);
+        // In the order in which least is written that should not be.
         match wanted.hold {
             Hold::Nothing => {
+                self.limit_drain(now, wanted.rate);
                 self.resume_drain(now);
                 self.release_lane(now);
             }
             Hold::Drain => {
                 self.pause_drain(now);
                 self.release_lane(now);
+                self.limit_drain(now, wanted.rate);
             }
             Hold::Everything => {
-                self.pause_drain(now);
                 self.force_degraded(now);
+                self.pause_drain(now);
+                self.limit_drain(now, wanted.rate);
             }
         }
     }
