@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    adapter::embedded::{EmbeddedBroker, EmbeddedConfig},
+    adapter::embedded::{EmbeddedBroker, EmbeddedConfig, JournalConfig},
     broker::MessageBroker,
     config::MessagingConfig,
     error::{Error, ErrorCode, Result},
@@ -146,6 +146,17 @@ impl MessagingSystem {
         if let Some(broker) = &kafka {
             self.hub.set_event_stream_broker(broker.clone());
         }
+        #[cfg(feature = "journal")]
+        if let Some(dir) = self.config.journal_dir()
+            && fallback
+            && !alone
+        {
+            self.hub.keep_spool_in(dir).await?;
+        }
+        #[cfg(not(feature = "journal"))]
+        if self.config.journal_dir().is_some() {
+            return Err(not_built("journal"));
+        }
         self.hub.set_weakened(
             self.config
                 .weakened()
@@ -198,6 +209,7 @@ impl MessagingSystem {
     fn embedded(&self) -> EmbeddedConfig {
         EmbeddedConfig {
             auto_declare: self.config.hub.auto_declare.unwrap_or(true),
+            journal: self.config.journal_dir().map(JournalConfig::at),
             ..EmbeddedConfig::default()
         }
     }
@@ -277,7 +289,7 @@ impl fmt::Debug for MessagingSystem {
     }
 }
 
-#[cfg(not(all(feature = "rabbitmq", feature = "kafka")))]
+#[cfg(not(all(feature = "rabbitmq", feature = "kafka", feature = "journal")))]
 fn not_built(feature: &str) -> Error {
     Error::rejected(
         ErrorCode::InvalidConfig,

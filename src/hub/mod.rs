@@ -2,24 +2,30 @@
 //! spools what a primary cannot take, moves it back, and hands each message to
 //! each group once.
 //!
-//! What is hard is pure and stands in [`lane::machine`], [`spool`], [`dedup`],
-//! [`intake`] and [`route`]; the rest is a thin shell of tasks. The hub knows
+//! What is hard is pure and stands in `lane::machine`, `spool`, `dedup`,
+//! `intake` and [`route`]; the rest is a thin shell of tasks. The hub knows
 //! brokers only through [`crate::broker`].
 
 mod accepted;
 mod admin;
+#[cfg(feature = "journal")]
+mod adopt;
 mod batch;
 pub mod breaker;
 mod close;
 mod consume;
+mod controls;
 mod dead;
 mod dedup;
 mod group;
 mod handover;
 mod health;
 mod intake;
+#[cfg(feature = "journal")]
+mod keep;
 mod lane;
 mod metrics;
+pub mod operator;
 mod publish;
 mod publisher;
 pub mod route;
@@ -47,6 +53,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::{
     accepted::Accepted,
     breaker::Breaker,
+    controls::Rules,
     dead::DeadLetters,
     group::Group,
     health::Health,
@@ -65,7 +72,11 @@ use crate::{
 };
 
 pub use crate::config::HubSettings as HubConfig;
+#[cfg(feature = "journal")]
+pub use adopt::Adopted;
 pub use close::CloseReport;
+#[cfg(feature = "journal")]
+pub use keep::SpoolFound;
 pub use metrics::HubMetrics;
 pub use publisher::{Pending, Publisher};
 
@@ -84,10 +95,14 @@ struct Inner {
     budget: Arc<Budget>,
     /// Where spools are kept; none: in memory.
     store: Mutex<Option<Arc<dyn SpoolStore>>>,
+    #[cfg(feature = "journal")]
+    spool_log: Mutex<Option<Arc<spool::journal::SpoolLog>>>,
     dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
     accepted: Arc<Accepted>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     readers: Arc<watch::Sender<Readers>>,
+    /// What operators want of lanes.
+    controls: watch::Sender<Arc<Rules>>,
     changes: broadcast::Sender<StateChange>,
     recorder: Arc<MetricsRecorder>,
     health: Mutex<HashMap<BrokerType, Arc<Health>>>,
@@ -145,6 +160,7 @@ impl MessagingHub {
             size(config.spool.max_bytes),
         ));
         let accepted = Arc::new(Accepted::new(&config.intake_window));
+        let controls = watch::channel(Arc::new(Rules::new(config.spool.drain_rate))).0;
         Self(Arc::new(Inner {
             config,
             topology,
@@ -155,10 +171,13 @@ impl MessagingHub {
             lanes: Mutex::default(),
             budget,
             store: Mutex::default(),
+            #[cfg(feature = "journal")]
+            spool_log: Mutex::default(),
             dead: Mutex::default(),
             accepted,
             groups: Mutex::default(),
             readers: Arc::new(watch::channel(Readers::default()).0),
+            controls,
             changes: broadcast::channel(CHANGES_BOUND).0,
             recorder: Arc::default(),
             health: Mutex::default(),

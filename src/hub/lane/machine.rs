@@ -26,12 +26,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::hedge::Hedge;
+mod operate;
+
+use super::{hedge::Hedge, limit::Limit};
 use crate::{
     broker::{BrokerType, Fate, OrderKey, Outcome, Submission, Verdict},
     error::{Assume, Error, ErrorCode},
     hub::{
-        spool::{Budget, Entry, Seq, Spool, Status},
+        spool::{Budget, ENTRY_OVERHEAD, Entry, Seq, Spool, Status},
         state::LaneState,
     },
     message::{
@@ -68,6 +70,9 @@ pub(crate) struct Settings {
     pub(crate) spool_wait: Duration,
     /// Whether what is spooled outlives the process.
     pub(crate) durable: bool,
+    /// Spooled messages that stay in memory although they are on the disk. With
+    /// less than half of that many at hand, half of that many are read.
+    pub(crate) head: usize,
     /// Whether local handlers may take spooled messages during an outage.
     pub(crate) local: bool,
     /// How long an overloaded primary is left alone.
@@ -82,6 +87,7 @@ pub(crate) struct Intake<W> {
     pub(crate) confirm: bool,
     /// When waiting is over.
     pub(crate) deadline: Instant,
+    pub(crate) marks: Marks,
     pub(crate) waiter: W,
 }
 
@@ -101,6 +107,9 @@ pub(crate) enum Action<W> {
     Store { seq: Seq, entry: Entry, waiter: W },
     /// A spooled message was changed in place; what is kept of it is outdated.
     Rewrite(Seq),
+    /// The head of the spool runs short: read these back, from the first on, as
+    /// many as fit into memory well.
+    Load(Vec<Seq>),
     /// The spool let go of a message; nothing has to be kept of it.
     Remove(Seq),
     /// Move a message from the spool to the hub's dead letters. It is kept
@@ -134,6 +143,8 @@ pub(crate) struct Machine<W> {
     opening: Option<Instant>,
     /// The last open was refused; opened again only when something is published.
     refused: bool,
+    /// Why; meaningful while `refused`.
+    refusal: Option<Error>,
     waiting: VecDeque<(Intake<W>, Instant)>,
     /// The first deadline of those that wait, or one that has passed since.
     earliest_deadline: Option<Instant>,
@@ -146,6 +157,8 @@ pub(crate) struct Machine<W> {
     fresh: usize,
     spool: Spool,
     next_seq: Seq,
+    /// The last sequence number of an earlier process.
+    restored: Seq,
     hedge: Hedge,
     suspect_since: Option<Instant>,
     /// The open lane answered that a message was not, or perhaps not, written:
@@ -157,21 +170,25 @@ pub(crate) struct Machine<W> {
     pause_until: Option<Instant>,
     /// Doubles with each overload in a row, reset by a confirm.
     pause: Duration,
+    /// A `Load` was emitted and not answered yet.
+    loading: bool,
     /// How many messages intake may add to the spool while it drains; earned by
     /// drained messages, two for one, so that the spool shrinks under any load.
     credit: usize,
     half_credit: bool,
     drained: u64,
+    /// An operator paused the drain.
+    paused: bool,
+    /// An operator lets nothing be written to the primary.
+    forced: bool,
+    /// How fast an operator, or the configuration, lets it drain.
+    limit: Option<Limit>,
     actions: Vec<Action<W>>,
 }
 
 /// Intake that a drain begins with: a second of a busy publisher, so that an
 /// ordinary drain slows nobody.
 const FIRST_CREDIT: usize = 5_000;
-
-/// What a spooled message takes beside its own bytes: the entry, three index
-/// nodes, the message's fixed part.
-const ENTRY_OVERHEAD: usize = 512;
 
 /// How often the wall clock is looked at while something rests: it may be set,
 /// which no timer on the steady clock notices.
@@ -190,6 +207,7 @@ impl<W> Machine<W> {
             open: false,
             opening: None,
             refused: false,
+            refusal: None,
             waiting: VecDeque::new(),
             earliest_deadline: None,
             in_flight: BTreeMap::new(),
@@ -197,15 +215,20 @@ impl<W> Machine<W> {
             fresh: 0,
             spool: Spool::new(),
             next_seq: 1,
+            restored: 0,
             hedge,
             suspect_since: None,
             broken: false,
             closing: false,
             pause_until: None,
             pause,
+            loading: false,
             credit: FIRST_CREDIT,
             half_credit: false,
             drained: 0,
+            paused: false,
+            forced: false,
+            limit: None,
             actions: Vec::new(),
         }
     }
@@ -287,6 +310,13 @@ impl<W> Machine<W> {
                         .clamp(Duration::from_millis(1), WALL_LOOK),
             );
         }
+        if let Some(limit) = &self.limit
+            && self.may_drain()
+            && self.spool.next_to_drain().is_some()
+            && self.has_drain_window()
+        {
+            at_least(limit.next());
+        }
         next
     }
 
@@ -294,18 +324,48 @@ impl<W> Machine<W> {
 
     /// Takes up what an earlier process left in the spool, before anything
     /// else happens. It has its room whether there is any or not: it was
-    /// accepted. What was written when that process died cannot be told from
-    /// what was not, so all of it may be a duplicate.
-    pub(crate) fn restore(&mut self, seq: Seq, mut entry: Entry) {
-        entry.marks.possible_duplicate = true;
-        entry.size = entry.message.size() + ENTRY_OVERHEAD;
+    /// accepted.
+    pub(crate) fn restore(&mut self, left: Spool) {
+        let Some(last) = left.tail_end() else { return };
         if self.settings.spool {
-            self.settings.budget.take_anyway(entry.size);
+            self.settings.budget.take_anyway(left.len(), left.bytes());
         }
-        self.next_seq = self.next_seq.max(seq + 1);
-        self.spool.insert(seq, entry, Status::Ready);
+        self.next_seq = last + 1;
+        self.restored = last;
+        self.spool = left;
         // Nothing is written before the broker is asked for a lane.
         self.state = LaneState::Degraded;
+    }
+
+    /// A spooled message is on the disk; its body may go when there are many.
+    pub(crate) fn kept(&mut self, seq: Seq) {
+        if self.spool.head_len() > self.settings.head {
+            self.spool.page_out(seq);
+        }
+    }
+
+    /// Entries of the tail were read back, in publish order; none: they could
+    /// not be read, and the shell asks again with the next event.
+    pub(crate) fn loaded(&mut self, now: Now, entries: Vec<(Seq, Entry)>) {
+        self.loading = false;
+        for (seq, mut entry) in entries {
+            entry.size = entry.message.size() + ENTRY_OVERHEAD;
+            // What was written when the last process died cannot be told from
+            // what was not, so all of it may be a duplicate.
+            entry.marks.possible_duplicate |= seq <= self.restored;
+            self.spool.page_in(seq, entry);
+        }
+        if let Some(error) = self.refusal.clone().filter(|_| self.refused) {
+            while let Some(seq) = self.spool.next_to_drain() {
+                self.refuse_spooled(seq, &error);
+            }
+        }
+        self.pump(now);
+    }
+
+    /// A kept message cannot be read back, and never will be.
+    pub(crate) fn unreadable(&mut self, seq: Seq) {
+        self.spool.drop_unreadable(seq);
     }
 
     /// The broker is not there at all, as far as is known.
@@ -370,6 +430,7 @@ impl<W> Machine<W> {
             // Looked at and turned down: callers hear it, and what the spool
             // holds would be refused too, so it goes where it can be seen.
             self.refused = true;
+            self.refusal = Some(error.clone());
             while let Some((intake, _)) = self.waiting.pop_front() {
                 self.actions
                     .push(Action::Answer(intake.waiter, Err(error.clone())));
@@ -460,7 +521,11 @@ impl<W> Machine<W> {
 
     /// Whether the spool can still be moved to the primary.
     pub(crate) fn is_draining(&self) -> bool {
-        self.open && !self.spool.is_empty() && !self.leaves_the_rest()
+        self.open
+            && !self.spool.is_empty()
+            && !self.leaves_the_rest()
+            && !self.paused
+            && !self.forced
     }
 
     /// Closing, with a spool that the next process takes up.
@@ -512,6 +577,7 @@ impl<W> Machine<W> {
         if !self.settings.local || !matches!(self.state, LaneState::Suspect | LaneState::Degraded) {
             return None;
         }
+        self.want_load();
         loop {
             let seq = self.spool.next_to_lease()?;
             if self.bury_if_expired(now, seq) {
@@ -568,6 +634,13 @@ impl<W> Machine<W> {
     }
 
     fn go(&mut self, to: LaneState, why: &'static str) {
+        // Whatever would let it write waits for the operator's word.
+        let (to, why) = match to {
+            LaneState::Primary | LaneState::Draining if self.forced => {
+                (LaneState::Degraded, operate::HELD)
+            }
+            _ => (to, why),
+        };
         if self.state != to {
             let from = std::mem::replace(&mut self.state, to);
             self.actions.push(Action::Changed { from, to, why });
@@ -585,7 +658,7 @@ impl<W> Machine<W> {
     }
 
     fn want_open(&mut self, now: Now) {
-        if !self.open && self.opening.is_none() && !self.refused {
+        if !self.open && self.opening.is_none() && !self.refused && !self.forced {
             self.opening = Some(now.at);
             self.actions.push(Action::Open);
         }
@@ -610,7 +683,9 @@ impl<W> Machine<W> {
     /// The stall begins: first what is in flight is spooled, in publish order,
     /// in doubt; then everything that waits goes behind it (by `pump`).
     fn become_suspect(&mut self, now: Now, why: &'static str) {
-        if self.state == LaneState::Suspect || self.state == LaneState::Degraded {
+        // A lane that an operator degraded may still have publishes in flight.
+        let over = self.state == LaneState::Degraded && !self.forced;
+        if self.state == LaneState::Suspect || over {
             return;
         }
         if !self.settings.spool {
@@ -781,9 +856,16 @@ impl<W> Machine<W> {
                 self.begin_drain("nothing is in doubt any more");
             }
         }
+        if self.state == LaneState::Primary && !self.open && self.spool.ready_here() > 0 {
+            // The topic was refused, and then a handler gave work back, or its
+            // rest was over: nobody else may ever ask the broker again.
+            self.refused = false;
+            self.want_open(now);
+        }
         if self.state == LaneState::Primary && self.open && self.spool.ready() > 0 {
             self.begin_drain("a local handler gave work back");
         }
+        self.want_load();
         let mut batch = Vec::new();
         self.drain(now, &mut batch);
         self.admit(now, &mut batch);
@@ -799,6 +881,16 @@ impl<W> Machine<W> {
         }
     }
 
+    fn want_load(&mut self) {
+        // Ready entries that stand behind the tail are of no use before it.
+        let half = self.settings.head.div_ceil(2);
+        let short = self.spool.ready_here() < half || self.spool.next_to_drain().is_none();
+        if short && !self.loading && self.spool.tail_len() > 0 {
+            self.loading = true;
+            self.actions.push(Action::Load(self.spool.tail_start(half)));
+        }
+    }
+
     fn may_write(&self) -> bool {
         self.open
             && !self.broken
@@ -806,21 +898,40 @@ impl<W> Machine<W> {
             && matches!(self.state, LaneState::Primary | LaneState::Draining)
     }
 
+    fn may_drain(&self) -> bool {
+        self.may_write()
+            && self.state == LaneState::Draining
+            && !self.paused
+            && !self.leaves_the_rest()
+    }
+
+    /// Whether the drain's share of the window has room.
+    fn has_drain_window(&self) -> bool {
+        let share = (self.settings.window * 3 / 4).max(1);
+        self.in_flight.len() - self.fresh < share && self.in_flight.len() < self.settings.window
+    }
+
     /// The drain has three quarters of the window; the rest is for new
     /// publishes whose keys the spool does not hold.
     fn drain(&mut self, now: Now, batch: &mut Vec<Submission>) {
-        if !self.may_write() || self.state != LaneState::Draining || self.leaves_the_rest() {
+        if !self.may_drain() {
             return;
         }
-        let share = (self.settings.window * 3 / 4).max(1);
-        while self.in_flight.len() - self.fresh < share
-            && self.in_flight.len() < self.settings.window
-        {
+        // What a memory spool still holds when the hub closes is lost: no limit
+        // is worth that.
+        let hurry = self.closing && !self.settings.durable;
+        while self.has_drain_window() {
             let Some(seq) = self.spool.next_to_drain() else {
                 return;
             };
             if self.bury_if_expired(now, seq) {
                 continue;
+            }
+            if let Some(limit) = &mut self.limit
+                && !hurry
+                && !limit.take(now.at)
+            {
+                return;
             }
             self.spool.set(seq, Status::InFlight);
             let Some(entry) = self.spool.get(seq) else {
@@ -879,7 +990,7 @@ impl<W> Machine<W> {
                     LaneState::Suspect | LaneState::Degraded => Way::Wait,
                     LaneState::Draining => {
                         if self.spool.fences(&intake.order) {
-                            if spool_room && self.credit > 0 {
+                            if spool_room && (self.credit > 0 || self.is_slowed()) {
                                 Way::Spool
                             } else {
                                 Way::Wait
@@ -905,7 +1016,7 @@ impl<W> Machine<W> {
             let entry = Entry {
                 message: intake.message,
                 order: intake.order,
-                marks: Marks::default(),
+                marks: intake.marks,
                 confirm: intake.confirm,
                 since: now.wall,
                 size,
@@ -913,7 +1024,7 @@ impl<W> Machine<W> {
             };
             if matches!(way, Way::Spool) {
                 if self.state == LaneState::Draining {
-                    self.credit -= 1;
+                    self.credit = self.credit.saturating_sub(1);
                 }
                 self.file(seq, entry, intake.waiter, Status::Ready);
                 continue;
@@ -922,7 +1033,7 @@ impl<W> Machine<W> {
                 token: seq,
                 message: entry.message.clone(),
                 order: entry.order.clone(),
-                marks: Marks::default(),
+                marks: entry.marks.clone(),
                 confirm: entry.confirm,
             });
             self.by_time.insert((now.at, seq));

@@ -8,8 +8,8 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -22,7 +22,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    keeper::Keeper,
+    ask::{self, ASKS_BOUND, Ask},
+    keeper::{Keeper, Loaded, Progress},
     machine::{Action, Intake, Machine, Now, Settings},
 };
 use crate::{
@@ -33,14 +34,13 @@ use crate::{
     error::{Error, ErrorCode, Result},
     hub::{
         accepted::Seen,
+        controls::Rules,
         dead::DeadLetters,
         handover::hand_over,
         health::Health,
-        spool::{
-            Entry, Seq,
-            codec::LaneName,
-            store::{KeptId, SpoolStore},
-        },
+        lock,
+        metrics::Meter,
+        spool::{LaneLeft, Seq, codec::LaneName, store::SpoolStore},
         state::{LaneState, RouteState, StateChange},
     },
     message::{Message, MessageId, Timestamp, wire::Marks},
@@ -54,6 +54,8 @@ pub(crate) struct Item {
     pub(crate) order: OrderKey,
     pub(crate) confirm: bool,
     pub(crate) deadline: Instant,
+    /// What is known of it beside its fields; nothing, of a new message.
+    pub(crate) marks: Marks,
     pub(crate) waiter: Waiter,
 }
 
@@ -96,8 +98,8 @@ pub(crate) struct Parts {
     pub(crate) health: Option<Arc<Health>>,
     /// Where the spool is kept; none: in memory.
     pub(crate) store: Option<Arc<dyn SpoolStore>>,
-    /// What an earlier process left in it, in publish order.
-    pub(crate) restored: Vec<(Seq, KeptId, Entry)>,
+    /// What an earlier process left in it.
+    pub(crate) restored: Option<LaneLeft>,
     /// The lane's name in the store.
     pub(crate) name: LaneName,
     /// None without a fallback; then nothing is ever spooled.
@@ -106,14 +108,24 @@ pub(crate) struct Parts {
     pub(crate) recorder: Arc<MetricsRecorder>,
     pub(crate) fallback_usages: Arc<AtomicU64>,
     pub(crate) readers: watch::Receiver<Readers>,
+    /// What operators want.
+    pub(crate) controls: watch::Receiver<Arc<Rules>>,
     pub(crate) closing: CancellationToken,
 }
 
 /// The hub's end of a lane's task.
 pub(crate) struct LaneHandle {
     pub(crate) intake: mpsc::Sender<Item>,
+    /// Whether its spool outlives the process.
+    pub(crate) durable: bool,
     pub(crate) status: Arc<Status>,
-    pub(crate) join: std::sync::Mutex<Option<JoinHandle<()>>>,
+    pub(crate) join: Mutex<Option<JoinHandle<()>>>,
+    /// For operators.
+    pub(crate) asks: mpsc::Sender<Ask>,
+    pub(crate) name: LaneName,
+    pub(crate) route: String,
+    /// How fast it drains, from look to look.
+    pub(crate) meter: Mutex<Meter>,
 }
 
 /// What a lane shows, without asking its task.
@@ -126,6 +138,18 @@ pub(crate) struct Status {
     /// Milliseconds since the epoch; 0: nothing is spooled.
     pub(crate) oldest: AtomicU64,
     pub(crate) drained: AtomicU64,
+    pub(crate) ready: AtomicU64,
+    pub(crate) in_flight: AtomicU64,
+    pub(crate) leased: AtomicU64,
+    pub(crate) resting: AtomicU64,
+    /// An operator paused the drain.
+    pub(crate) paused: AtomicBool,
+    /// An operator lets nothing be written to the primary.
+    pub(crate) forced: AtomicBool,
+    /// Messages drained a second at most; 0: no limit.
+    pub(crate) limit: AtomicU32,
+    /// Why the state last changed, if it ever did.
+    why: Mutex<Option<&'static str>>,
 }
 
 impl Status {
@@ -138,6 +162,21 @@ impl Status {
         }
     }
 
+    /// Why the state last changed, if it ever did.
+    pub(crate) fn why(&self) -> Option<&'static str> {
+        *lock(&self.why)
+    }
+
+    /// How long ago the oldest message was spooled, in milliseconds.
+    pub(crate) fn oldest_age_ms(&self, now: Timestamp) -> u64 {
+        let oldest = i64::try_from(self.oldest.load(Relaxed)).unwrap_or(0);
+        if oldest == 0 {
+            return 0;
+        }
+        let age = now.since(Timestamp::from_millis(oldest));
+        u64::try_from(age.as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Adds this lane to its route. `drain.remaining` carries the count of
     /// drained messages until the rate is worked out from it.
     pub(crate) fn add_to(&self, route: &mut RouteState, now: Timestamp) {
@@ -145,12 +184,8 @@ impl Status {
         route.spool.messages += self.messages.load(Relaxed);
         route.spool.in_doubt += self.in_doubt.load(Relaxed);
         route.spool.bytes += self.bytes.load(Relaxed);
-        let oldest = i64::try_from(self.oldest.load(Relaxed)).unwrap_or(0);
-        if oldest > 0 {
-            let age = now.since(Timestamp::from_millis(oldest));
-            let age = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
-            route.spool.oldest_age_ms = route.spool.oldest_age_ms.max(age);
-        }
+        route.spool.oldest_age_ms = route.spool.oldest_age_ms.max(self.oldest_age_ms(now));
+        route.paused |= self.paused.load(Relaxed);
         route.drain.remaining += self.drained.load(Relaxed);
     }
 
@@ -169,6 +204,13 @@ impl Status {
         let oldest = spool.oldest().map_or(0, |t| t.as_millis().max(1));
         self.oldest.store(oldest.unsigned_abs(), Relaxed);
         self.drained.store(machine.drained(), Relaxed);
+        self.ready.store(spool.ready() as u64, Relaxed);
+        self.in_flight.store(spool.in_flight() as u64, Relaxed);
+        self.leased.store(spool.leased() as u64, Relaxed);
+        self.resting.store(spool.resting() as u64, Relaxed);
+        self.paused.store(machine.is_paused(), Relaxed);
+        self.forced.store(machine.is_forced(), Relaxed);
+        self.limit.store(machine.limit(), Relaxed);
     }
 }
 
@@ -180,6 +222,9 @@ const WAITING_BOUND: usize = 1024;
 
 /// Events taken up in one turn, so that none starves the others.
 const TURN: usize = 256;
+
+/// Pause before a disk that could not be read is asked again.
+const LOAD_PAUSE: Duration = Duration::from_secs(1);
 
 /// Pause before a lane that could not be opened is tried again.
 const REOPEN_PAUSE: Duration = Duration::from_millis(100);
@@ -193,14 +238,25 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
     let (intake, items) = mpsc::channel(INTAKE_BOUND);
     let status = Arc::new(Status::default());
     let (settlements, verdicts) = mpsc::unbounded_channel();
+    let durable = parts.settings.durable;
     let mut machine = Machine::new(parts.settings.clone());
-    let mut keeper = Keeper::new(parts.name.clone(), parts.store.take());
-    for (seq, id, entry) in std::mem::take(&mut parts.restored) {
-        keeper.restored(seq, id);
-        machine.restore(seq, entry);
+    let mut keeper = Keeper::new(
+        parts.name.clone(),
+        parts.store.take(),
+        parts.settings.spool_wait,
+    );
+    if let Some(left) = parts.restored.take() {
+        machine.restore(left.spool);
+        keeper.restored(left.ids);
+        *lock(&status.why) = Some("an earlier process left messages in the spool");
     }
+    let wanted = parts.controls.borrow_and_update().of(&parts.topic);
+    machine.control(now(), wanted);
     // Seen by whoever asks before the task's first turn.
     status.show(&machine);
+    let (asks, asked) = mpsc::channel(ASKS_BOUND);
+    let name = parts.name.clone();
+    let route = parts.route.clone();
     let task = Task {
         machine,
         keeper,
@@ -209,16 +265,23 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
         confirmations: None,
         outbox: Vec::new(),
         opening: None,
+        loading: None,
+        load_pause: Duration::ZERO,
         readers: Vec::new(),
         leases: HashMap::new(),
         settlements,
         status: status.clone(),
     };
-    let join = tokio::spawn(task.run(items, verdicts));
+    let join = tokio::spawn(task.run(items, verdicts, asked));
     LaneHandle {
         intake,
+        durable,
         status,
-        join: std::sync::Mutex::new(Some(join)),
+        join: Mutex::new(Some(join)),
+        asks,
+        name,
+        route,
+        meter: Mutex::default(),
     }
 }
 
@@ -232,6 +295,9 @@ struct Task {
     /// Written by the machine, not passed to the adapter yet.
     outbox: Vec<Submission>,
     opening: Option<BoxFuture<'static, Result<Lane>>>,
+    /// Spooled messages on their way back from the disk.
+    loading: Option<BoxFuture<'static, Result<Loaded>>>,
+    load_pause: Duration,
     /// Readers of this topic, and how many leases each holds.
     readers: Vec<(Arc<Reader>, usize)>,
     /// Which reader holds which lease.
@@ -245,6 +311,7 @@ impl Task {
         mut self,
         mut items: mpsc::Receiver<Item>,
         mut verdicts: mpsc::UnboundedReceiver<Settlement>,
+        mut asked: mpsc::Receiver<Ask>,
     ) {
         let mut connection = self.parts.broker.connection();
         let mut confirmations: Vec<Confirmation> = Vec::with_capacity(TURN);
@@ -254,6 +321,7 @@ impl Task {
         let mut open_intake = true;
         let mut reopen: Option<Instant> = None;
         let mut registry = self.parts.readers.clone();
+        let mut controls = self.parts.controls.clone();
         self.pick_readers(&registry.borrow_and_update().clone());
         if !connection.borrow_and_update().connected {
             self.machine.broker_away(now());
@@ -279,10 +347,13 @@ impl Task {
                 break;
             }
             let look_again = starved.then(|| now().at + READER_PAUSE);
-            let deadline = [self.machine.next_deadline(now()), reopen, look_again]
-                .into_iter()
-                .flatten()
-                .min();
+            let deadlines = [
+                self.machine.next_deadline(now()),
+                self.keeper.next_deadline(),
+                reopen,
+                look_again,
+            ];
+            let deadline = deadlines.into_iter().flatten().min();
             let wants_intake = open_intake && self.machine.waiting() < WAITING_BOUND;
             let health = self.parts.health.clone();
             tokio::select! {
@@ -307,10 +378,19 @@ impl Task {
                         self.settle(s);
                     }
                 }
+                Some(ask) = asked.recv() => {
+                    // Whoever asks has said before what is wanted.
+                    self.obey(&mut controls);
+                    self.reply(ask);
+                }
+                Ok(()) = controls.changed() => self.obey(&mut controls),
                 () = self.keeper.progress() => {
-                    for (waiter, outcome) in self.keeper.answers() {
-                        self.answer(waiter, Ok(outcome));
-                    }
+                    let progress = self.keeper.synced();
+                    self.tell(progress);
+                }
+                loaded = pending(&mut self.loading) => {
+                    self.loading = None;
+                    self.take_up(loaded);
                 }
                 taken = hand_over(&self.submissions, &mut self.outbox),
                     if !self.outbox.is_empty() && self.submissions.is_some() =>
@@ -322,7 +402,7 @@ impl Task {
                         self.unsend_outbox(now());
                     }
                 }
-                result = opened(&mut self.opening) => {
+                result = pending(&mut self.opening) => {
                     self.opening = None;
                     match result {
                         Ok(lane) => {
@@ -372,6 +452,7 @@ impl Task {
                             order: item.order,
                             confirm: item.confirm,
                             deadline: item.deadline,
+                            marks: item.marks,
                             waiter: item.waiter,
                         });
                     }
@@ -390,6 +471,9 @@ impl Task {
                         if connection.borrow().connected {
                             self.machine.broker_back(now);
                         }
+                    }
+                    for (waiter, outcome) in self.keeper.give_up(now.at) {
+                        self.answer(waiter, Ok(outcome));
                     }
                     self.machine.tick(now);
                 }
@@ -413,11 +497,33 @@ impl Task {
             .collect();
     }
 
+    /// Does what operators want by now.
+    fn obey(&mut self, controls: &mut watch::Receiver<Arc<Rules>>) {
+        let wanted = controls.borrow_and_update().of(&self.parts.topic);
+        self.machine.control(now(), wanted);
+    }
+
+    fn reply(&mut self, ask: Ask) {
+        match ask {
+            Ask::Obeyed(answer) => {
+                self.act();
+                self.status.show(&self.machine);
+                // Whoever no longer waits need not know.
+                let _ = answer.send(());
+            }
+            Ask::Page(wanted, answer) => {
+                let _ = answer.send(ask::page(&self.machine, &self.keeper, wanted));
+            }
+        }
+    }
+
     /// Carries out what the machine decided.
     fn act(&mut self) {
         loop {
             let actions = self.machine.take_actions();
             if actions.is_empty() {
+                let progress = self.keeper.flush(now().at);
+                self.tell(progress);
                 return;
             }
             for action in actions {
@@ -443,6 +549,7 @@ impl Task {
                     } => {
                         self.parts.recorder.messages_dead_lettered.inc();
                         let release = self.keeper.give_away(seq);
+                        self.forget(seq);
                         if let Some(dead) = &self.parts.dead {
                             dead.bury(&self.parts.topic, message, failure, release);
                         }
@@ -459,9 +566,62 @@ impl Task {
                             self.keeper.rewrite(seq, entry);
                         }
                     }
-                    Action::Remove(seq) => self.keeper.remove(seq),
+                    Action::Remove(seq) => self.forget(seq),
+                    Action::Load(seqs) => self.load(seqs),
                     Action::Changed { from, to, why } => self.announce(from, to, why),
                 }
+            }
+        }
+    }
+
+    fn forget(&mut self, seq: Seq) {
+        if let Some((waiter, outcome)) = self.keeper.remove(seq) {
+            self.answer(waiter, Ok(outcome));
+        }
+    }
+
+    fn tell(&mut self, progress: Progress<Waiter>) {
+        for (waiter, outcome) in progress.answers {
+            self.answer(waiter, Ok(outcome));
+        }
+        for seq in progress.kept {
+            self.machine.kept(seq);
+        }
+    }
+
+    fn load(&mut self, seqs: Vec<Seq>) {
+        let Some(loader) = self.keeper.loader(seqs) else {
+            return;
+        };
+        let pause = std::mem::take(&mut self.load_pause);
+        self.loading = Some(Box::pin(async move {
+            tokio::time::sleep(pause).await;
+            tokio::task::spawn_blocking(move || loader.load())
+                .await
+                .unwrap_or_else(|e| {
+                    Err(
+                        Error::new(ErrorCode::UnknownError, "reading the spool panicked")
+                            .caused_by(e),
+                    )
+                })
+        }));
+    }
+
+    fn take_up(&mut self, loaded: Result<Loaded>) {
+        match loaded {
+            Ok(loaded) => {
+                for (seq, error) in loaded.unreadable {
+                    tracing::error!(topic = %self.parts.topic, seq, %error,
+                        "a spooled message cannot be read back");
+                    self.machine.unreadable(seq);
+                }
+                self.machine.loaded(now(), loaded.entries);
+            }
+            Err(error) => {
+                tracing::error!(topic = %self.parts.topic, %error,
+                    "the spool cannot be read; trying again");
+                self.load_pause = LOAD_PAUSE;
+                self.machine.loaded(now(), Vec::new());
             }
         }
     }
@@ -547,6 +707,7 @@ impl Task {
             at: Timestamp::now(),
             reason: why.to_owned(),
         };
+        *lock(&self.status.why) = Some(why);
         if to == LaneState::Primary || from == LaneState::Primary {
             tracing::warn!(route = %change.route, topic = %change.topic, lane = change.lane,
                 from = from.as_str(), to = to.as_str(), reason = why,
@@ -686,9 +847,9 @@ async fn receive(
     }
 }
 
-async fn opened(opening: &mut Option<BoxFuture<'static, Result<Lane>>>) -> Result<Lane> {
-    match opening {
-        Some(opening) => opening.await,
+async fn pending<T>(work: &mut Option<BoxFuture<'static, T>>) -> T {
+    match work {
+        Some(work) => work.await,
         None => std::future::pending().await,
     }
 }

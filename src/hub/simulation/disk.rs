@@ -41,9 +41,8 @@ struct Record {
 }
 
 enum What {
-    Put(KeptId, Bytes),
-    Replace(KeptId, KeptId, Bytes),
-    Remove(KeptId),
+    /// All of it or nothing.
+    Batch(Vec<(KeptId, Bytes)>, Vec<KeptId>),
     /// A dead letter, by its attempt.
     Letter(u32),
 }
@@ -98,11 +97,10 @@ impl Disk {
         if well {
             let n = inner.cached.partition_point(|r| r.number <= up_to);
             inner.medium.extend(inner.cached.drain(..n));
-            self.synced.send_modify(|s| s.up_to = up_to);
+            self.synced.send_modify(|s| s.lsn = up_to);
         } else {
             inner.broken = true;
-            self.synced
-                .send_modify(|s| s.broken = Some("fsync failed".into()));
+            self.synced.send_modify(|s| s.poisoned = Some("fsync failed".into()));
         }
     }
 
@@ -121,7 +119,8 @@ impl Disk {
             inner.cached.truncate(keep);
             if rng.bool()
                 && let Some(last) = inner.cached.last_mut()
-                && let What::Put(_, body) | What::Replace(_, _, body) = &mut last.what
+                && let What::Batch(puts, _) = &mut last.what
+                && let Some((_, body)) = puts.last_mut()
             {
                 *body = body.slice(..rng.usize(..body.len()));
                 torn = true;
@@ -143,7 +142,7 @@ impl Disk {
         let whole = inner.cached.iter().take_while(|r| r.crc == r.what.crc());
         let whole = whole.count();
         inner.cached.truncate(whole);
-        self.synced.send_modify(|s| s.broken = None);
+        self.synced.send_modify(|s| s.poisoned = None);
         live(inner.medium.iter().chain(&inner.cached)).0
     }
 
@@ -164,35 +163,28 @@ impl Disk {
     /// Whether the medium has a record of this attempt.
     pub(super) fn is_on_medium(&self, attempt: u32) -> bool {
         self.lock().medium.iter().rev().any(|r| match &r.what {
-            What::Put(_, body) | What::Replace(_, _, body) => attempt_of(body) == Some(attempt),
-            _ => false,
+            What::Batch(puts, _) => puts.iter().any(|(_, body)| attempt_of(body) == Some(attempt)),
+            What::Letter(_) => false,
         })
     }
 }
 
 impl SpoolStore for Disk {
-    fn put(&self, body: Bytes) -> Result<Written> {
+    fn write(&self, puts: Vec<Bytes>, removals: &[KeptId]) -> Result<Written> {
         let mut id = 0;
         let number = self.append(|inner| {
-            inner.next_id += 1;
             id = inner.next_id;
-            What::Put(id, body)
+            inner.next_id += puts.len() as u64;
+            What::Batch((id..).zip(puts).collect(), removals.to_vec())
         })?;
         Ok(Written { id, number })
     }
 
-    fn replace(&self, old: KeptId, body: Bytes) -> Result<Written> {
-        let mut id = 0;
-        let number = self.append(|inner| {
-            inner.next_id += 1;
-            id = inner.next_id;
-            What::Replace(old, id, body)
-        })?;
-        Ok(Written { id, number })
-    }
-
-    fn remove(&self, id: KeptId) -> Result<()> {
-        self.append(|_| What::Remove(id)).map(drop)
+    fn read(&self, ids: &[KeptId]) -> Result<Vec<Option<Bytes>>> {
+        let inner = self.lock();
+        let all = inner.medium.iter().chain(&inner.cached).chain(&inner.buffered);
+        let kept = live(all).0;
+        Ok(ids.iter().map(|id| kept.get(id).cloned()).collect())
     }
 
     fn synced(&self) -> watch::Receiver<Synced> {
@@ -203,8 +195,14 @@ impl SpoolStore for Disk {
 impl What {
     fn crc(&self) -> u32 {
         match self {
-            Self::Put(_, body) | Self::Replace(_, _, body) => crc32fast::hash(body),
-            Self::Remove(_) | Self::Letter(_) => 0,
+            Self::Batch(puts, _) => {
+                let mut crc = crc32fast::Hasher::new();
+                for (_, body) in puts {
+                    crc.update(body);
+                }
+                crc.finalize()
+            }
+            Self::Letter(_) => 0,
         }
     }
 }
@@ -221,15 +219,13 @@ fn live<'a>(records: impl Iterator<Item = &'a Record>) -> (BTreeMap<KeptId, Byte
     let mut letters = BTreeSet::new();
     for record in records {
         match &record.what {
-            What::Put(id, body) => {
-                kept.insert(*id, body.clone());
-            }
-            What::Replace(old, id, body) => {
-                kept.remove(old);
-                kept.insert(*id, body.clone());
-            }
-            What::Remove(id) => {
-                kept.remove(id);
+            What::Batch(puts, removals) => {
+                for (id, body) in puts {
+                    kept.insert(*id, body.clone());
+                }
+                for id in removals {
+                    kept.remove(id);
+                }
             }
             What::Letter(attempt) => {
                 letters.insert(*attempt);

@@ -210,7 +210,8 @@ impl Oracle {
                 }
             }
             Ok(Outcome::Spooled { durable: false }) => {
-                if life.persistent && !seen.disk_broken {
+                let done_with = life.durable > 0 || life.buried;
+                if life.persistent && !seen.disk_broken && !done_with {
                     wrong = Some(("C1", "called volatile by a disk that works".to_owned()));
                 }
             }

@@ -21,11 +21,11 @@ use crate::{
         group::Group,
         intake::{IntakeWindow, Ticket},
         lane::{
-            keeper::{Keeper, Release},
+            keeper::{Keeper, Loader, Progress, Release},
             machine::{Action, Machine, Now, Settings},
         },
         spool::{
-            Budget, Seq,
+            Budget, LaneLeft, Seq,
             codec::{self, LaneName},
             store::SpoolStore,
         },
@@ -87,6 +87,8 @@ pub(super) struct LaneSim {
     pub(super) attempts: HashMap<Seq, Attempt>,
     /// Spooled messages in local handlers' hands.
     pub(super) leases: usize,
+    /// Spooled messages on their way back from the disk.
+    pub(super) loading: Option<Loader>,
 }
 
 /// The payload of an attempt is its number.
@@ -199,11 +201,12 @@ impl World {
                 durable: true,
                 local: plan.local && l == 0,
                 overload_pause: Duration::from_millis(50),
+                head: plan.head,
             };
             let store: Arc<dyn SpoolStore> = process.disk.clone();
             process.lanes.push(LaneSim {
                 machine: Machine::new(settings),
-                keeper: Keeper::new(lane_name(l), Some(store)),
+                keeper: Keeper::new(lane_name(l), Some(store), Duration::from_secs(5)),
                 outbox: Vec::new(),
                 handing_over: false,
                 conn: None,
@@ -215,6 +218,7 @@ impl World {
                 must_write_by: None,
                 attempts: HashMap::new(),
                 leases: 0,
+                loading: None,
             });
         }
         let kept = process.disk.reopen();
@@ -229,6 +233,7 @@ impl World {
         }
         found.sort_by_key(|(_, kept)| (kept.lane.topic.clone(), kept.lane.lane, kept.seq));
         let mut restored = Vec::new();
+        let mut left: [LaneLeft; LANES] = Default::default();
         for (id, kept) in found {
             let l = if kept.lane.topic == "queue" {
                 0
@@ -238,10 +243,14 @@ impl World {
             let attempt = attempt_of(&kept.entry.message);
             restored.push(attempt);
             self.oracle.hold(attempt);
-            let lane = &mut self.processes[p].lanes[l];
-            lane.keeper.restored(kept.seq, id);
-            lane.attempts.insert(kept.seq, attempt);
-            lane.machine.restore(kept.seq, kept.entry);
+            let size = kept.entry.message.size();
+            left[l].ids.insert(kept.seq, id);
+            left[l].spool.restore(kept.seq, &kept.entry.order, size);
+            self.processes[p].lanes[l].attempts.insert(kept.seq, attempt);
+        }
+        for (lane, left) in self.processes[p].lanes.iter_mut().zip(left) {
+            lane.machine.restore(left.spool);
+            lane.keeper.restored(left.ids);
         }
         self.trace(|| format!("process {p} starts with {restored:?}"));
         for l in 0..LANES {
@@ -510,6 +519,9 @@ impl World {
                 }
                 actions = self.processes[p].lanes[l].machine.take_actions();
                 if actions.is_empty() {
+                    let at = self.at().at;
+                    let progress = self.processes[p].lanes[l].keeper.flush(at);
+                    self.pass_on(p, l, progress);
                     break;
                 }
             }
@@ -575,11 +587,17 @@ impl World {
             }
             Action::Remove(seq) => {
                 self.trace(|| format!("process {p} lane {l}: lets go of {seq}"));
-                let lane = &mut self.processes[p].lanes[l];
-                lane.keeper.remove(seq);
-                if let Some(attempt) = lane.attempts.remove(&seq) {
+                self.forget(p, l, seq);
+                if let Some(attempt) = self.processes[p].lanes[l].attempts.remove(&seq) {
                     self.oracle.let_go(attempt);
                 }
+            }
+            Action::Load(seqs) => {
+                let lane = &mut self.processes[p].lanes[l];
+                lane.loading = lane.keeper.loader(seqs);
+                let incarnation = self.processes[p].incarnation;
+                let after = self.rng.u64(100..5_000);
+                self.post(after, Ev::Loaded(p, incarnation, l));
             }
             Action::DeadLetter {
                 seq,
@@ -605,6 +623,7 @@ impl World {
                 }
                 self.oracle.let_go(attempt);
                 let release = self.processes[p].lanes[l].keeper.give_away(seq);
+                self.forget(p, l, seq);
                 let incarnation = self.processes[p].incarnation;
                 let after = self.rng.u64(100..300_000);
                 self.letters.insert((p, incarnation, attempt), release);
@@ -742,7 +761,8 @@ impl World {
         if lane.machine.waiting() > 0 && in_flight >= self.plan.window.div_ceil(4) {
             lane.in_the_way = self.now;
         }
-        let deadline = lane.machine.next_deadline(now).map(|at| {
+        let deadline = [lane.machine.next_deadline(now), lane.keeper.next_deadline()];
+        let deadline = deadline.into_iter().flatten().min().map(|at| {
             u64::try_from(at.saturating_duration_since(self.base).as_micros()).unwrap_or(u64::MAX)
         });
         let hand_over = !lane.outbox.is_empty() && lane.conn.is_some() && !lane.handing_over;
@@ -779,6 +799,10 @@ impl World {
             return;
         }
         lane.tick_at = None;
+        let now = self.at();
+        for (attempt, outcome) in self.processes[p].lanes[l].keeper.give_up(now.at) {
+            self.answer(p, attempt, Ok(outcome));
+        }
         self.with_machine(p, l, |machine, now| machine.tick(now));
     }
 
@@ -796,6 +820,34 @@ impl World {
     }
 
     // ----- the disk -----
+
+    fn forget(&mut self, p: usize, l: usize, seq: Seq) {
+        if let Some((attempt, outcome)) = self.processes[p].lanes[l].keeper.remove(seq) {
+            self.answer(p, attempt, Ok(outcome));
+        }
+    }
+
+    fn pass_on(&mut self, p: usize, l: usize, progress: Progress<Attempt>) {
+        for (attempt, outcome) in progress.answers {
+            self.answer(p, attempt, Ok(outcome));
+        }
+        for seq in progress.kept {
+            self.processes[p].lanes[l].machine.kept(seq);
+        }
+    }
+
+    /// Spooled messages are back from the disk.
+    pub(super) fn loaded(&mut self, p: usize, l: usize) {
+        let Some(loader) = self.processes[p].lanes[l].loading.take() else {
+            return;
+        };
+        let loaded = loader.load().unwrap_or_default();
+        self.trace(|| format!("process {p} lane {l}: reads {} back", loaded.entries.len()));
+        for (seq, error) in &loaded.unreadable {
+            self.oracle.fail("C2", || format!("process {p} lane {l}: {seq} is unreadable: {error}"));
+        }
+        self.with_machine(p, l, |machine, now| machine.loaded(now, loaded.entries));
+    }
 
     fn sync_if_due(&mut self, p: usize) {
         if !self.processes[p].up || !self.processes[p].disk.begin_sync() {
@@ -816,9 +868,8 @@ impl World {
         self.processes[p].disk.end_sync(well);
         let incarnation = self.processes[p].incarnation;
         for l in 0..LANES {
-            for (attempt, outcome) in self.processes[p].lanes[l].keeper.answers() {
-                self.answer(p, attempt, Ok(outcome));
-            }
+            let progress = self.processes[p].lanes[l].keeper.synced();
+            self.pass_on(p, l, progress);
             if self.processes[p].incarnation != incarnation {
                 return;
             }

@@ -14,7 +14,7 @@ use crate::{
         intake::{Intake as Offer, Origin},
         lane::machine::Intake,
     },
-    message::{DeliveryMode, Message, MessageId, Priority},
+    message::{DeliveryMode, Message, MessageId, Priority, wire::Marks},
 };
 
 /// One publisher.
@@ -163,6 +163,7 @@ impl World {
         let intake = Intake {
             message: Arc::new(message),
             order,
+            marks: Marks::default(),
             confirm,
             deadline,
             waiter: attempt,

@@ -34,6 +34,8 @@ pub(super) struct Plan {
     pub(super) room: usize,
     /// Local handlers take spooled tasks during an outage.
     pub(super) local: bool,
+    /// Spooled messages that stay in memory.
+    pub(super) head: usize,
     /// The queue's client answers in order.
     pub(super) in_order: bool,
     pub(super) messages: u32,
@@ -56,6 +58,7 @@ pub(super) enum Ev {
     Connect(usize, u32, usize),
     Probe(usize, u32, usize),
     Synced(usize, u32),
+    Loaded(usize, u32, usize),
     Bury(usize, u32, Attempt),
     Start(usize),
     Die(usize, u32, bool),
@@ -167,6 +170,11 @@ impl World {
                 2_000
             },
             local: rng.u32(..3) == 0,
+            head: if rng.bool() {
+                rng.usize(2..12)
+            } else {
+                10_000
+            },
             in_order: rng.bool(),
             messages: rng.u32(200..=260),
             faults: rng.u32(4..=10),
@@ -356,6 +364,7 @@ impl World {
                 self.reopen(p, l);
             }
             Ev::Tick(p, i, l, at) if self.lives(p, i) => self.tick(p, l, at),
+            Ev::Loaded(p, i, l) if self.lives(p, i) => self.loaded(p, l),
             Ev::Connect(p, i, b) if self.lives(p, i) => self.connect(p, b),
             Ev::Probe(p, i, b) if self.lives(p, i) => self.probe(p, b),
             Ev::Synced(p, epoch) if self.processes[p].sync_epoch == epoch => self.synced(p),
