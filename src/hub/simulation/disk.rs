@@ -100,7 +100,8 @@ impl Disk {
             self.synced.send_modify(|s| s.lsn = up_to);
         } else {
             inner.broken = true;
-            self.synced.send_modify(|s| s.poisoned = Some("fsync failed".into()));
+            self.synced
+                .send_modify(|s| s.poisoned = Some("fsync failed".into()));
         }
     }
 
@@ -163,7 +164,9 @@ impl Disk {
     /// Whether the medium has a record of this attempt.
     pub(super) fn is_on_medium(&self, attempt: u32) -> bool {
         self.lock().medium.iter().rev().any(|r| match &r.what {
-            What::Batch(puts, _) => puts.iter().any(|(_, body)| attempt_of(body) == Some(attempt)),
+            What::Batch(puts, _) => puts
+                .iter()
+                .any(|(_, body)| attempt_of(body) == Some(attempt)),
             What::Letter(_) => false,
         })
     }
@@ -182,7 +185,11 @@ impl SpoolStore for Disk {
 
     fn read(&self, ids: &[KeptId]) -> Result<Vec<Option<Bytes>>> {
         let inner = self.lock();
-        let all = inner.medium.iter().chain(&inner.cached).chain(&inner.buffered);
+        let all = inner
+            .medium
+            .iter()
+            .chain(&inner.cached)
+            .chain(&inner.buffered);
         let kept = live(all).0;
         Ok(ids.iter().map(|id| kept.get(id).cloned()).collect())
     }

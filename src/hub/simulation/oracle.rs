@@ -210,7 +210,7 @@ impl Oracle {
                 }
             }
             Ok(Outcome::Spooled { durable: false }) => {
-                let done_with = life.durable > 0 || life.buried;
+                let done_with = life.durable > 0 || life.buried || life.handled.is_some();
                 if life.persistent && !seen.disk_broken && !done_with {
                     wrong = Some(("C1", "called volatile by a disk that works".to_owned()));
                 }

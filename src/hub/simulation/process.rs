@@ -246,7 +246,9 @@ impl World {
             let size = kept.entry.message.size();
             left[l].ids.insert(kept.seq, id);
             left[l].spool.restore(kept.seq, &kept.entry.order, size);
-            self.processes[p].lanes[l].attempts.insert(kept.seq, attempt);
+            self.processes[p].lanes[l]
+                .attempts
+                .insert(kept.seq, attempt);
         }
         for (lane, left) in self.processes[p].lanes.iter_mut().zip(left) {
             lane.machine.restore(left.spool);
@@ -844,7 +846,9 @@ impl World {
         let loaded = loader.load().unwrap_or_default();
         self.trace(|| format!("process {p} lane {l}: reads {} back", loaded.entries.len()));
         for (seq, error) in &loaded.unreadable {
-            self.oracle.fail("C2", || format!("process {p} lane {l}: {seq} is unreadable: {error}"));
+            self.oracle.fail("C2", || {
+                format!("process {p} lane {l}: {seq} is unreadable: {error}")
+            });
         }
         self.with_machine(p, l, |machine, now| machine.loaded(now, loaded.entries));
     }

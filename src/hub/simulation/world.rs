@@ -170,11 +170,7 @@ impl World {
                 2_000
             },
             local: rng.u32(..3) == 0,
-            head: if rng.bool() {
-                rng.usize(2..12)
-            } else {
-                10_000
-            },
+            head: if rng.bool() { rng.usize(2..12) } else { 10_000 },
             in_order: rng.bool(),
             messages: rng.u32(200..=260),
             faults: rng.u32(4..=10),
