@@ -37,7 +37,7 @@ use self::{
 };
 
 /// Seeds of an ordinary test run.
-const SEEDS: u64 = 1_000;
+const SEEDS: u64 = 2_000;
 
 /// Least messages of a run.
 const LEAST_MESSAGES: usize = 200;
