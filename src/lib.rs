@@ -22,6 +22,8 @@ pub mod error;
 #[cfg(feature = "server")]
 pub mod gateway;
 pub mod hub;
+#[cfg(feature = "journal")]
+pub mod journal;
 pub mod message;
 pub mod metrics;
 pub mod secret;

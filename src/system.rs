@@ -146,6 +146,17 @@ impl MessagingSystem {
         if let Some(broker) = &kafka {
             self.hub.set_event_stream_broker(broker.clone());
         }
+        #[cfg(feature = "journal")]
+        if let Some(dir) = self.config.journal_dir()
+            && fallback
+            && !alone
+        {
+            self.hub.keep_spool_in(dir).await?;
+        }
+        #[cfg(not(feature = "journal"))]
+        if self.config.journal_dir().is_some() {
+            return Err(not_built("journal"));
+        }
         self.hub.set_weakened(
             self.config
                 .weakened()
@@ -277,7 +288,7 @@ impl fmt::Debug for MessagingSystem {
     }
 }
 
-#[cfg(not(all(feature = "rabbitmq", feature = "kafka")))]
+#[cfg(not(all(feature = "rabbitmq", feature = "kafka", feature = "journal")))]
 fn not_built(feature: &str) -> Error {
     Error::rejected(
         ErrorCode::InvalidConfig,

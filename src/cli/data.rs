@@ -1,8 +1,9 @@
 //! The data folder: made when missing, and held by one hub at a time.
 
 use std::{
+    env,
     fs::{self, File, OpenOptions, TryLockError},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use super::Failure;
@@ -12,6 +13,34 @@ use super::Failure;
 #[derive(Debug)]
 pub(super) struct DataFolder {
     _lock: File,
+}
+
+/// The folder of a hub that was given none: in the user's data folder (where
+/// the XDG base directory specification puts it), by the address that it serves
+/// on, since two hubs never share one. None without a home, or when the port is
+/// whichever is free: nobody would find it again.
+pub(super) fn own_folder(address: &str) -> Option<PathBuf> {
+    let set = |name| {
+        env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
+    let (host, port) = address.rsplit_once(':')?;
+    if port.parse::<u16>().is_ok_and(|p| p == 0) {
+        return None;
+    }
+    let host: String = host
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || c == '.' {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect();
+    let base = set("XDG_DATA_HOME").or_else(|| Some(set("HOME")?.join(".local/share")))?;
+    Some(base.join("messaging-hub").join(format!("{host}-{port}")))
 }
 
 impl DataFolder {

@@ -12,7 +12,7 @@ use tracing_subscriber::{EnvFilter, fmt::format::FmtSpan};
 
 use super::{Failure, Target, say};
 use crate::{
-    config::{LogConfig, LogFormat, MessagingConfig},
+    config::{FallbackKind, LogConfig, LogFormat, MessagingConfig},
     gateway::http::{HttpOptions, HttpServer},
     system::MessagingSystem,
 };
@@ -29,7 +29,9 @@ pub(super) struct Serve {
     /// Address of TCP. Refused: this version has no TCP gateway.
     #[arg(long, value_name = "ADDR")]
     tcp: Option<String>,
-    /// Data folder. Refused: this version keeps nothing on disk.
+    /// Data folder: what is spooled, and the embedded broker's queues and
+    /// streams, survive the process there. Default: one in the user's own
+    /// data folder, named by the address.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Start although a broker refuses the credentials.
@@ -45,16 +47,18 @@ impl Serve {
             ));
         }
         let mut config = load(self.config.as_deref())?;
+        if let Some(http) = self.http {
+            config.server.http = http;
+        }
         if let Some(data) = self.data {
             config.data_dir = Some(data);
+        } else if config.data_dir.is_none() && config.fallback.kind == FallbackKind::Journal {
+            config.data_dir = super::data::own_folder(&config.server.http);
         }
         let _folder = match &config.data_dir {
             Some(dir) => Some(super::data::DataFolder::take(dir)?),
             None => None,
         };
-        if let Some(http) = self.http {
-            config.server.http = http;
-        }
         start_log(&config.log)?;
         let options = HttpOptions {
             address: resolve(&config.server.http).await?,
@@ -114,6 +118,12 @@ async fn stop(
         eprintln!(
             "{} handlers did not end in time; their messages were given back",
             report.handlers_given_up
+        );
+    }
+    if report.left_in_journal > 0 {
+        eprintln!(
+            "{} accepted messages are still in the data folder; the next start goes on with them",
+            report.left_in_journal
         );
     }
     if report.left_in_memory_spool > 0 {

@@ -64,9 +64,10 @@ pub struct MessagingConfig {
     /// below RabbitMQ's own 16 MiB. Danger: memory, as lanes and spool hold
     /// whole messages; and Kafka topics must allow it.
     pub max_message_bytes: u64,
-    /// Folder for what survives the process. Default: none, all in memory.
-    /// It is made, and held by one hub at a time; the spool itself is in memory in
-    /// this version, which `weakened` says.
+    /// Folder for what survives the process: the spool, and the embedded
+    /// broker's queues and streams. It is made, and held by one hub at a time.
+    /// Default: none, all in memory; `messaging-hub serve` has one of its own,
+    /// by its address.
     pub data_dir: Option<PathBuf>,
     /// What is logged, and how.
     pub log: LogConfig,
@@ -156,6 +157,15 @@ impl MessagingConfig {
     #[must_use]
     pub fn active_kafka(&self) -> Option<&KafkaConfig> {
         self.kafka.as_ref().filter(|k| self.enabled && k.enabled)
+    }
+
+    /// The folder for what survives the process, unless memory was asked for.
+    #[must_use]
+    pub fn journal_dir(&self) -> Option<&std::path::Path> {
+        match self.fallback.kind {
+            FallbackKind::Journal => self.data_dir.as_deref(),
+            FallbackKind::Memory => None,
+        }
     }
 
     /// Turns the fallback on or off, in both of its places.

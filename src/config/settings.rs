@@ -19,8 +19,12 @@ pub struct FallbackSettings {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FallbackKind {
-    /// In this process: survives the brokers' death, not the hub's.
+    /// In the data folder, where there is one: survives the brokers' death and
+    /// the hub's.
     #[default]
+    Journal,
+    /// In this process, whatever the data folder: survives the brokers' death,
+    /// not the hub's.
     Memory,
 }
 
@@ -68,7 +72,7 @@ impl Default for FallbackSettings {
     fn default() -> Self {
         Self {
             enabled: true,
-            kind: FallbackKind::Memory,
+            kind: FallbackKind::Journal,
         }
     }
 }

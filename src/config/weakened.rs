@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use super::{FallbackKind, HubSettings, MessagingConfig, redact};
+use super::{HubSettings, MessagingConfig, redact};
 use crate::{
     adapter::{kafka::KafkaConfig, kafka::config::RequiredAcks, rabbitmq::RabbitMqConfig},
     broker::QueueType,
@@ -27,11 +27,13 @@ pub fn weakened(config: &MessagingConfig) -> Vec<Weakened> {
     let mut found = Found(Vec::new());
     let brokers = config.active_rabbitmq().is_some() || config.active_kafka().is_some();
     if !brokers {
-        found.add(
-            "no broker is used",
-            "C2",
-            "messages live in this process and do not survive it",
-        );
+        if config.journal_dir().is_none() {
+            found.add(
+                "no broker is used, and nothing is kept on a disk",
+                "C2",
+                "messages live in this process and do not survive it",
+            );
+        }
     } else if !config.fallback.enabled {
         found.add(
             "the fallback is off",
@@ -39,13 +41,9 @@ pub fn weakened(config: &MessagingConfig) -> Vec<Weakened> {
             "while a broker is away its publishes fail",
         );
     } else {
-        if config.fallback.kind == FallbackKind::Memory {
-            let what = match &config.data_dir {
-                Some(_) => "the fallback keeps messages in memory, data_dir notwithstanding",
-                None => "the fallback keeps messages in memory",
-            };
+        if config.journal_dir().is_none() {
             found.add(
-                what,
+                "the fallback keeps messages in memory",
                 "C2",
                 "what is spooled survives the brokers, but not this process",
             );

@@ -179,6 +179,10 @@ impl MessagingHub {
             .iter()
             .map(|b| (b.broker_type(), b.is_connected()))
             .collect();
+        #[cfg(feature = "journal")]
+        let durable = self.spool_is_durable();
+        #[cfg(not(feature = "journal"))]
+        let durable = false;
         let mut routes: Vec<RouteState> = table
             .all()
             .iter()
@@ -187,7 +191,10 @@ impl MessagingHub {
                 kind: r.kind,
                 primary: r.primary,
                 state: LaneState::Primary,
-                spool: SpoolState::default(),
+                spool: SpoolState {
+                    durable: durable && r.spool,
+                    ..SpoolState::default()
+                },
                 drain: DrainState::default(),
             })
             .collect();

@@ -12,6 +12,8 @@ use super::{MessagingHub, lock};
 pub struct CloseReport {
     /// Accepted messages that were in a memory spool and are gone with it.
     pub left_in_memory_spool: u64,
+    /// Accepted messages that are on the disk for the next process.
+    pub left_in_journal: u64,
     /// Subscriptions whose handlers outlived the grace period; their messages
     /// were given back.
     pub handlers_given_up: u64,
@@ -64,7 +66,12 @@ impl MessagingHub {
                 join.abort();
                 let _ = join.await;
             }
-            report.left_in_memory_spool += lane.status.messages.load(Relaxed);
+            let left = lane.status.messages.load(Relaxed);
+            if lane.durable {
+                report.left_in_journal += left;
+            } else {
+                report.left_in_memory_spool += left;
+            }
         }
         drop(lanes);
         lock(&self.0.lanes).clear();
@@ -77,10 +84,19 @@ impl MessagingHub {
             drop(letters);
             let _ = tokio::time::timeout_at(start + grace, task).await;
         }
+        // The dead letters' task was the last that lets go of spooled messages.
+        #[cfg(feature = "journal")]
+        self.close_spool().await;
         for broker in self.all_brokers() {
             if let Err(error) = broker.close().await {
                 tracing::warn!(broker = %broker.broker_type(), %error, "a broker did not close cleanly");
             }
+        }
+        if report.left_in_journal > 0 {
+            tracing::warn!(
+                messages = report.left_in_journal,
+                "spooled messages stay in the data folder; the next start goes on with them"
+            );
         }
         if report.left_in_memory_spool > 0 {
             tracing::error!(

@@ -8,6 +8,8 @@
 
 mod accepted;
 mod admin;
+#[cfg(feature = "journal")]
+mod adopt;
 mod batch;
 pub mod breaker;
 mod close;
@@ -18,6 +20,8 @@ mod group;
 mod handover;
 mod health;
 mod intake;
+#[cfg(feature = "journal")]
+mod keep;
 mod lane;
 mod metrics;
 mod publish;
@@ -63,7 +67,11 @@ use crate::{
 };
 
 pub use crate::config::HubSettings as HubConfig;
+#[cfg(feature = "journal")]
+pub use adopt::Adopted;
 pub use close::CloseReport;
+#[cfg(feature = "journal")]
+pub use keep::SpoolFound;
 pub use metrics::HubMetrics;
 pub use publisher::{Pending, Publisher};
 
@@ -82,6 +90,8 @@ struct Inner {
     budget: Arc<Budget>,
     /// Where spools are kept; none: in memory.
     store: Mutex<Option<Arc<dyn SpoolStore>>>,
+    #[cfg(feature = "journal")]
+    spool_log: Mutex<Option<Arc<spool::journal::SpoolLog>>>,
     dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
     accepted: Arc<Accepted>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
@@ -153,6 +163,8 @@ impl MessagingHub {
             lanes: Mutex::default(),
             budget,
             store: Mutex::default(),
+            #[cfg(feature = "journal")]
+            spool_log: Mutex::default(),
             dead: Mutex::default(),
             accepted,
             groups: Mutex::default(),

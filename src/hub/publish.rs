@@ -19,7 +19,7 @@ use super::{
     lock,
     publisher::{Pending, Publisher, State},
     route::{Route, RouteKind},
-    spool::{Entry, Seq, codec::LaneName, store::KeptId},
+    spool::{LaneLeft, codec::LaneName},
 };
 use crate::{
     broker::{
@@ -27,7 +27,7 @@ use crate::{
         Source,
     },
     error::{Error, ErrorCode, Result},
-    message::{Event, Message, Task},
+    message::{Event, Message, Task, wire::Marks},
     topic::{Pattern, Topic},
 };
 
@@ -270,6 +270,7 @@ impl MessagingHub {
             order,
             confirm: options.confirm && entry.broker.confirms(),
             deadline: since + options.timeout,
+            marks: Marks::default(),
             waiter: Waiter {
                 id: message.id.clone(),
                 since,
@@ -293,7 +294,7 @@ impl MessagingHub {
     }
 
     /// Waits for room in front of a lane.
-    async fn room(
+    pub(super) async fn room(
         &self,
         entry: &TopicEntry,
         lane: u32,
@@ -389,7 +390,7 @@ impl MessagingHub {
             )
             .on(entry.topic.as_str()));
         }
-        let handle = Arc::new(task::spawn(self.parts(entry, &key, Vec::new())));
+        let handle = Arc::new(task::spawn(self.parts(entry, &key, None)));
         lanes.insert(key, handle.clone());
         Ok(handle)
     }
@@ -398,11 +399,7 @@ impl MessagingHub {
     ///
     /// # Errors
     /// No broker serves the topic any more; then the messages are given back.
-    pub(super) fn restore_lane(
-        &self,
-        name: LaneName,
-        left: Vec<(Seq, KeptId, Entry)>,
-    ) -> Result<()> {
+    pub(super) fn restore_lane(&self, name: LaneName, left: LaneLeft) -> Result<()> {
         let topic = Topic::new(name.topic)?;
         let entry = self.entry(&topic)?;
         let key = LaneKey {
@@ -412,19 +409,14 @@ impl MessagingHub {
             compression: name.compression,
             address: name.address,
         };
-        let handle = Arc::new(task::spawn(self.parts(&entry, &key, left)));
+        let handle = Arc::new(task::spawn(self.parts(&entry, &key, Some(left))));
         lock(&self.0.lanes).insert(key, handle);
         Ok(())
     }
 
-    fn parts(
-        &self,
-        entry: &TopicEntry,
-        key: &LaneKey,
-        restored: Vec<(Seq, KeptId, Entry)>,
-    ) -> task::Parts {
+    fn parts(&self, entry: &TopicEntry, key: &LaneKey, restored: Option<LaneLeft>) -> task::Parts {
         // A route that spools no longer still lets go of what it had.
-        let kept = entry.route.spool || !restored.is_empty();
+        let kept = entry.route.spool || restored.is_some();
         let store = kept.then(|| lock(&self.0.store).clone()).flatten();
 
         let config = &self.0.config;
@@ -454,6 +446,7 @@ impl MessagingHub {
                 suspect_timeout: config.suspect_timeout,
                 spool: entry.route.spool,
                 durable: store.is_some(),
+                head: SPOOL_HEAD,
                 budget: self.0.budget.clone(),
                 spool_wait: config.spool.wait,
                 local: is_local(&entry.route),
@@ -494,6 +487,10 @@ impl MessagingHub {
         self.0.fallback_usages.load(Relaxed)
     }
 }
+
+/// Spooled messages of each lane that stay in memory although they are on the
+/// disk: enough for a drain to go on while more are read.
+const SPOOL_HEAD: usize = 4_096;
 
 /// First pause after a broker said that it is overloaded; doubles to 2 s.
 const OVERLOAD_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);

@@ -2,35 +2,56 @@
 //! is on the disk. It decides nothing about messages; without a store it answers
 //! at once that nothing is durable.
 //!
+//! A disk that does not come on (it is full, or stands still) makes nobody wait
+//! for ever: after a while publishers are told that their message is in memory.
+//!
 //! A crash between a write and its sync loses at most messages whose publishers
 //! were never answered, and removals: what was removed then comes back, marked
 //! as a possible duplicate.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::{
     broker::Outcome,
-    error::Result,
+    error::{Error, Result},
     hub::spool::{
         Entry, Seq,
         codec::{self, LaneName},
-        store::{KeptId, SpoolStore, Synced, Written},
+        runs::Runs,
+        store::{KeptId, SpoolStore, Synced},
     },
 };
 
 /// The keeping side of one lane. `W` is whoever waits for an answer.
-pub(super) struct Keeper<W> {
+pub(crate) struct Keeper<W> {
     lane: LaneName,
     store: Option<Store>,
-    ids: HashMap<Seq, KeptId>,
+    /// What the store calls each message.
+    ids: Runs,
+    /// To be written with the next flush: one record for all.
+    puts: Vec<Put<W>>,
+    removals: Vec<KeptId>,
     /// Written, not synced; in the order of their numbers. Bounded by the room
     /// that the spool has.
-    waiting: VecDeque<(u64, W)>,
+    unsynced: VecDeque<Unsynced<W>>,
+    /// How long a publisher waits for the disk.
+    patience: Duration,
+    /// Until when publishers were told.
+    gave_up: Option<Instant>,
+}
+
+struct Unsynced<W> {
+    number: u64,
+    seq: Seq,
+    waiter: Option<W>,
+    until: Instant,
 }
 
 struct Store {
@@ -38,96 +59,176 @@ struct Store {
     synced: watch::Receiver<Synced>,
 }
 
+struct Put<W> {
+    seq: Seq,
+    body: Bytes,
+    /// None: nobody is to be told any more.
+    waiter: Option<W>,
+}
+
+/// What a flush or a sync brought.
+pub(crate) struct Progress<W> {
+    /// Publishers that can be answered.
+    pub(crate) answers: Vec<(W, Outcome)>,
+    /// Messages that are on the disk now.
+    pub(crate) kept: Vec<Seq>,
+}
+
+impl<W> Default for Progress<W> {
+    fn default() -> Self {
+        Self {
+            answers: Vec::new(),
+            kept: Vec::new(),
+        }
+    }
+}
+
 impl<W> Keeper<W> {
-    pub(super) fn new(lane: LaneName, kept: Option<Arc<dyn SpoolStore>>) -> Self {
+    pub(crate) fn new(
+        lane: LaneName,
+        kept: Option<Arc<dyn SpoolStore>>,
+        patience: Duration,
+    ) -> Self {
         Self {
             lane,
             store: kept.map(|kept| Store {
                 synced: kept.synced(),
                 kept,
             }),
-            ids: HashMap::new(),
-            waiting: VecDeque::new(),
+            ids: Runs::default(),
+            puts: Vec::new(),
+            removals: Vec::new(),
+            unsynced: VecDeque::new(),
+            patience,
+            gave_up: None,
         }
     }
 
-    /// Notes what an earlier process kept.
-    pub(super) fn restored(&mut self, seq: Seq, id: KeptId) {
-        self.ids.insert(seq, id);
+    /// Takes up the names of what an earlier process kept.
+    pub(crate) fn restored(&mut self, ids: Runs) {
+        self.ids = ids;
+    }
+
+    /// The first messages that are kept.
+    #[cfg(feature = "journal")]
+    pub(crate) fn first(&self, count: usize) -> Vec<Seq> {
+        self.ids.first_keys(count)
     }
 
     /// Nobody waits for the disk.
-    pub(super) fn is_quiet(&self) -> bool {
-        self.waiting.is_empty()
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.unsynced.is_empty() && self.puts.is_empty()
     }
 
-    /// Keeps a message. Whoever waits is given back, with the answer, unless the
-    /// answer has to wait for the disk.
-    pub(super) fn store(&mut self, seq: Seq, entry: &Entry, waiter: W) -> Option<(W, Outcome)> {
+    /// Keeps a message, from the next flush on. Whoever waits is given back,
+    /// with the answer, unless the answer has to wait for the disk.
+    pub(crate) fn store(&mut self, seq: Seq, entry: &Entry, waiter: W) -> Option<(W, Outcome)> {
         let in_memory = Outcome::Spooled { durable: false };
-        let Some(store) = &self.store else {
+        if self.store.is_none() {
             return Some((waiter, in_memory));
-        };
-        let put = codec::encode(&self.lane, seq, entry).and_then(|body| store.kept.put(body));
-        match put {
-            Ok(Written { id, number }) => {
-                self.ids.insert(seq, id);
-                if entry.message.is_persistent() {
-                    self.waiting.push_back((number, waiter));
-                    return None;
-                }
-                Some((waiter, in_memory))
-            }
-            Err(error) => {
-                tracing::error!(topic = %self.lane.topic, id = %entry.message.id, %error,
-                    "a spooled message is in memory only");
-                Some((waiter, in_memory))
-            }
         }
+        let body = match codec::encode(&self.lane, seq, entry) {
+            Ok(body) => body,
+            Err(error) => {
+                self.complain(&error);
+                return Some((waiter, in_memory));
+            }
+        };
+        // A transient message goes the same way, and nobody waits for it.
+        let (waits, told) = if entry.message.is_persistent() {
+            (Some(waiter), None)
+        } else {
+            (None, Some((waiter, in_memory)))
+        };
+        self.puts.push(Put {
+            seq,
+            body,
+            waiter: waits,
+        });
+        told
     }
 
-    /// Keeps the new form of a message.
-    pub(super) fn rewrite(&mut self, seq: Seq, entry: &Entry) {
-        let (Some(store), Some(old)) = (&self.store, self.ids.get(&seq)) else {
+    /// Keeps the new form of a message instead of the old.
+    pub(crate) fn rewrite(&mut self, seq: Seq, entry: &Entry) {
+        if self.store.is_none() {
             return;
-        };
-        let put =
-            codec::encode(&self.lane, seq, entry).and_then(|body| store.kept.replace(*old, body));
-        match put {
-            Ok(written) => {
-                self.ids.insert(seq, written.id);
+        }
+        match codec::encode(&self.lane, seq, entry) {
+            Ok(body) => {
+                let told = self.remove(seq);
+                self.puts.push(Put {
+                    seq,
+                    body,
+                    waiter: told.map(|(waiter, _)| waiter),
+                });
             }
             Err(error) => self.complain(&error),
         }
     }
 
-    /// Lets go of a message.
-    pub(super) fn remove(&mut self, seq: Seq) {
-        let (Some(store), Some(id)) = (&self.store, self.ids.remove(&seq)) else {
-            return;
-        };
-        if let Err(error) = store.kept.remove(id) {
-            self.complain(&error);
+    /// Lets go of a message, from the next flush on. One that was not even
+    /// written yet never will be; its publisher is given back, with the answer.
+    pub(crate) fn remove(&mut self, seq: Seq) -> Option<(W, Outcome)> {
+        if let Some(id) = self.ids.remove(seq) {
+            self.removals.push(id);
+            return None;
         }
+        let at = self.puts.iter().rposition(|p| p.seq == seq)?;
+        let waiter = self.puts.remove(at).waiter?;
+        Some((waiter, Outcome::Spooled { durable: false }))
     }
 
-    /// Hands the duty to let go of a message to somebody else.
-    pub(super) fn give_away(&mut self, seq: Seq) -> Option<Release> {
-        let (Some(store), Some(id)) = (&self.store, self.ids.remove(&seq)) else {
-            return None;
-        };
+    /// Hands the duty to let go of a message to somebody else. None: it is not
+    /// kept, or not yet; then `remove` says what is left to do.
+    pub(crate) fn give_away(&mut self, seq: Seq) -> Option<Release> {
+        let id = self.ids.remove(seq)?;
         Some(Release {
-            store: store.kept.clone(),
+            store: self.store.as_ref()?.kept.clone(),
             id,
         })
     }
 
+    /// Writes what was noted since the last flush, as one record.
+    pub(crate) fn flush(&mut self, now: Instant) -> Progress<W> {
+        let mut progress = Progress::default();
+        let Some(store) = &self.store else {
+            return progress;
+        };
+        if self.puts.is_empty() && self.removals.is_empty() {
+            return progress;
+        }
+        let puts = std::mem::take(&mut self.puts);
+        let removals = std::mem::take(&mut self.removals);
+        let bodies = puts.iter().map(|p| p.body.clone()).collect();
+        match store.kept.write(bodies, &removals) {
+            Ok(written) => {
+                for (put, id) in puts.into_iter().zip(written.id..) {
+                    self.ids.insert(put.seq, id);
+                    self.unsynced.push_back(Unsynced {
+                        number: written.number,
+                        seq: put.seq,
+                        waiter: put.waiter,
+                        until: now + self.patience,
+                    });
+                }
+            }
+            Err(error) => {
+                self.complain(&error);
+                let waiting = puts.into_iter().filter_map(|p| p.waiter);
+                progress
+                    .answers
+                    .extend(waiting.map(|w| (w, Outcome::Spooled { durable: false })));
+            }
+        }
+        progress
+    }
+
     /// Waits until the disk has come further; for ever when nobody waits for it.
     ///
-    /// Cancel safe: what was seen is taken up by [`Keeper::answers`].
-    pub(super) async fn progress(&mut self) {
+    /// Cancel safe: what was seen is taken up by [`Keeper::synced`].
+    pub(crate) async fn progress(&mut self) {
         match &mut self.store {
-            Some(store) if !self.waiting.is_empty() => {
+            Some(store) if !self.unsynced.is_empty() => {
                 if store.synced.changed().await.is_err() {
                     // The store is gone, and with it the answers.
                     std::future::pending::<()>().await;
@@ -137,30 +238,74 @@ impl<W> Keeper<W> {
         }
     }
 
-    /// Everybody whose message is on the disk by now, or never will be.
-    pub(super) fn answers(&mut self) -> Vec<(W, Outcome)> {
+    /// What is on the disk by now, or never will be.
+    pub(crate) fn synced(&mut self) -> Progress<W> {
+        let mut progress = Progress::default();
         let Some(store) = &mut self.store else {
-            return Vec::new();
+            return progress;
         };
         let synced = store.synced.borrow_and_update().clone();
-        let mut told = Vec::new();
-        while let Some((number, _)) = self.waiting.front() {
-            let durable = *number <= synced.up_to;
-            if !durable && synced.broken.is_none() {
+        let over = synced.poisoned.is_some() || synced.closed;
+        while let Some(next) = self.unsynced.front() {
+            let durable = next.number <= synced.lsn;
+            if !durable && !over {
                 break;
             }
-            if let Some((_, waiter)) = self.waiting.pop_front() {
+            let Some(next) = self.unsynced.pop_front() else {
+                break;
+            };
+            if durable {
+                progress.kept.push(next.seq);
+            }
+            if let Some(waiter) = next.waiter {
                 // With a broken disk it is in memory all the same, and drained
                 // from there: that much is true.
-                told.push((waiter, Outcome::Spooled { durable }));
+                progress
+                    .answers
+                    .push((waiter, Outcome::Spooled { durable }));
             }
         }
-        told
+        progress
     }
 
-    fn complain(&self, error: &crate::error::Error) {
+    /// When the first publisher's patience is over.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.unsynced.get(self.answered()).map(|u| u.until)
+    }
+
+    /// How many of the first unsynced were told already: nobody is looked at
+    /// twice, however long the disk stands still.
+    fn answered(&self) -> usize {
+        let gave_up = self.gave_up;
+        self.unsynced
+            .partition_point(|u| gave_up.is_some_and(|at| u.until <= at))
+    }
+
+    /// Answers those who have waited long enough; what they published is kept
+    /// all the same as soon as the disk comes on.
+    pub(crate) fn give_up(&mut self, now: Instant) -> Vec<(W, Outcome)> {
+        let first = self.answered();
+        self.gave_up = Some(now);
+        let late = self.unsynced.iter_mut().skip(first);
+        let late = late.take_while(|u| u.until <= now);
+        let waiters = late.filter_map(|u| u.waiter.take());
+        waiters
+            .map(|w| (w, Outcome::Spooled { durable: false }))
+            .collect()
+    }
+
+    /// What is needed to read messages back, on a thread that may block.
+    pub(crate) fn loader(&self, seqs: Vec<Seq>) -> Option<Loader> {
+        let named = seqs.into_iter().map(|seq| (seq, self.ids.get(seq)));
+        Some(Loader {
+            store: self.store.as_ref()?.kept.clone(),
+            wanted: named.collect(),
+        })
+    }
+
+    fn complain(&self, error: &Error) {
         tracing::error!(topic = %self.lane.topic, %error,
-            "the spool on the disk is behind; a restart may repeat messages");
+            "what is spooled is in memory only; a restart may lose or repeat messages");
     }
 }
 
@@ -173,6 +318,61 @@ pub(crate) struct Release {
 impl Release {
     /// The message is safe elsewhere.
     pub(crate) fn done(self) -> Result<()> {
-        self.store.remove(self.id)
+        self.store.write(Vec::new(), &[self.id]).map(drop)
+    }
+}
+
+/// Reads messages back.
+pub(crate) struct Loader {
+    store: Arc<dyn SpoolStore>,
+    wanted: Vec<(Seq, Option<KeptId>)>,
+}
+
+/// What was read back.
+#[derive(Default)]
+pub(crate) struct Loaded {
+    pub(crate) entries: Vec<(Seq, Entry)>,
+    /// Those that are not there, or cannot be understood, with the reason.
+    pub(crate) unreadable: Vec<(Seq, Error)>,
+}
+
+/// Messages that are read in one go.
+const CHUNK: usize = 64;
+
+/// Bytes of payload after which no further chunk is read.
+const ENOUGH: usize = 8 * 1024 * 1024;
+
+impl Loader {
+    /// Reads, in order, until that is enough. Blocks.
+    ///
+    /// # Errors
+    /// The disk cannot be read at all.
+    pub(crate) fn load(self) -> Result<Loaded> {
+        let mut loaded = Loaded::default();
+        let mut bytes = 0;
+        let gone = || {
+            Error::new(
+                crate::error::ErrorCode::UnknownError,
+                "the data folder no longer has it",
+            )
+        };
+        for chunk in self.wanted.chunks(CHUNK) {
+            let ids: Vec<KeptId> = chunk.iter().filter_map(|(_, id)| *id).collect();
+            let mut bodies = self.store.read(&ids)?.into_iter();
+            for (seq, id) in chunk {
+                let body = id.and_then(|_| bodies.next().flatten());
+                match body.ok_or_else(gone).and_then(|b| codec::decode(&b)) {
+                    Ok(kept) => {
+                        bytes += kept.entry.message.size();
+                        loaded.entries.push((*seq, kept.entry));
+                    }
+                    Err(error) => loaded.unreadable.push((*seq, error)),
+                }
+            }
+            if bytes >= ENOUGH {
+                break;
+            }
+        }
+        Ok(loaded)
     }
 }

@@ -31,7 +31,7 @@ use crate::{
     broker::{BrokerType, Fate, OrderKey, Outcome, Submission, Verdict},
     error::{Assume, Error, ErrorCode},
     hub::{
-        spool::{Budget, Entry, Seq, Spool, Status},
+        spool::{Budget, ENTRY_OVERHEAD, Entry, Seq, Spool, Status},
         state::LaneState,
     },
     message::{
@@ -68,6 +68,9 @@ pub(crate) struct Settings {
     pub(crate) spool_wait: Duration,
     /// Whether what is spooled outlives the process.
     pub(crate) durable: bool,
+    /// Spooled messages that stay in memory although they are on the disk. With
+    /// less than half of that many at hand, half of that many are read.
+    pub(crate) head: usize,
     /// Whether local handlers may take spooled messages during an outage.
     pub(crate) local: bool,
     /// How long an overloaded primary is left alone.
@@ -82,6 +85,7 @@ pub(crate) struct Intake<W> {
     pub(crate) confirm: bool,
     /// When waiting is over.
     pub(crate) deadline: Instant,
+    pub(crate) marks: Marks,
     pub(crate) waiter: W,
 }
 
@@ -101,6 +105,9 @@ pub(crate) enum Action<W> {
     Store { seq: Seq, entry: Entry, waiter: W },
     /// A spooled message was changed in place; what is kept of it is outdated.
     Rewrite(Seq),
+    /// The head of the spool runs short: read these back, from the first on, as
+    /// many as fit into memory well.
+    Load(Vec<Seq>),
     /// The spool let go of a message; nothing has to be kept of it.
     Remove(Seq),
     /// Move a message from the spool to the hub's dead letters. It is kept
@@ -134,6 +141,8 @@ pub(crate) struct Machine<W> {
     opening: Option<Instant>,
     /// The last open was refused; opened again only when something is published.
     refused: bool,
+    /// Why; meaningful while `refused`.
+    refusal: Option<Error>,
     waiting: VecDeque<(Intake<W>, Instant)>,
     /// The first deadline of those that wait, or one that has passed since.
     earliest_deadline: Option<Instant>,
@@ -142,6 +151,8 @@ pub(crate) struct Machine<W> {
     fresh: usize,
     spool: Spool,
     next_seq: Seq,
+    /// The last sequence number of an earlier process.
+    restored: Seq,
     hedge: Hedge,
     suspect_since: Option<Instant>,
     /// The open lane answered that a message was not, or perhaps not, written:
@@ -153,6 +164,8 @@ pub(crate) struct Machine<W> {
     pause_until: Option<Instant>,
     /// Doubles with each overload in a row, reset by a confirm.
     pause: Duration,
+    /// A `Load` was emitted and not answered yet.
+    loading: bool,
     /// How many messages intake may add to the spool while it drains; earned by
     /// drained messages, two for one, so that the spool shrinks under any load.
     credit: usize,
@@ -164,10 +177,6 @@ pub(crate) struct Machine<W> {
 /// Intake that a drain begins with: a second of a busy publisher, so that an
 /// ordinary drain slows nobody.
 const FIRST_CREDIT: usize = 5_000;
-
-/// What a spooled message takes beside its own bytes: the entry, three index
-/// nodes, the message's fixed part.
-const ENTRY_OVERHEAD: usize = 512;
 
 /// What an overload pause grows to at most.
 const MAX_OVERLOAD_PAUSE: Duration = Duration::from_secs(2);
@@ -182,18 +191,21 @@ impl<W> Machine<W> {
             open: false,
             opening: None,
             refused: false,
+            refusal: None,
             waiting: VecDeque::new(),
             earliest_deadline: None,
             in_flight: BTreeMap::new(),
             fresh: 0,
             spool: Spool::new(),
             next_seq: 1,
+            restored: 0,
             hedge,
             suspect_since: None,
             broken: false,
             closing: false,
             pause_until: None,
             pause,
+            loading: false,
             credit: FIRST_CREDIT,
             half_credit: false,
             drained: 0,
@@ -280,18 +292,48 @@ impl<W> Machine<W> {
 
     /// Takes up what an earlier process left in the spool, before anything
     /// else happens. It has its room whether there is any or not: it was
-    /// accepted. What was written when that process died cannot be told from
-    /// what was not, so all of it may be a duplicate.
-    pub(crate) fn restore(&mut self, seq: Seq, mut entry: Entry) {
-        entry.marks.possible_duplicate = true;
-        entry.size = entry.message.size() + ENTRY_OVERHEAD;
+    /// accepted.
+    pub(crate) fn restore(&mut self, left: Spool) {
+        let Some(last) = left.tail_end() else { return };
         if self.settings.spool {
-            self.settings.budget.take_anyway(entry.size);
+            self.settings.budget.take_anyway(left.len(), left.bytes());
         }
-        self.next_seq = self.next_seq.max(seq + 1);
-        self.spool.insert(seq, entry, Status::Ready);
+        self.next_seq = last + 1;
+        self.restored = last;
+        self.spool = left;
         // Nothing is written before the broker is asked for a lane.
         self.state = LaneState::Degraded;
+    }
+
+    /// A spooled message is on the disk; its body may go when there are many.
+    pub(crate) fn kept(&mut self, seq: Seq) {
+        if self.spool.head_len() > self.settings.head {
+            self.spool.page_out(seq);
+        }
+    }
+
+    /// Entries of the tail were read back, in publish order; none: they could
+    /// not be read, and the shell asks again with the next event.
+    pub(crate) fn loaded(&mut self, now: Now, entries: Vec<(Seq, Entry)>) {
+        self.loading = false;
+        for (seq, mut entry) in entries {
+            entry.size = entry.message.size() + ENTRY_OVERHEAD;
+            // What was written when the last process died cannot be told from
+            // what was not, so all of it may be a duplicate.
+            entry.marks.possible_duplicate |= seq <= self.restored;
+            self.spool.page_in(seq, entry);
+        }
+        if let Some(error) = self.refusal.clone().filter(|_| self.refused) {
+            while let Some(seq) = self.spool.next_to_drain() {
+                self.refuse_spooled(seq, &error);
+            }
+        }
+        self.pump(now);
+    }
+
+    /// A kept message cannot be read back, and never will be.
+    pub(crate) fn unreadable(&mut self, seq: Seq) {
+        self.spool.drop_unreadable(seq);
     }
 
     /// The broker is not there at all, as far as is known.
@@ -356,6 +398,7 @@ impl<W> Machine<W> {
             // Looked at and turned down: callers hear it, and what the spool
             // holds would be refused too, so it goes where it can be seen.
             self.refused = true;
+            self.refusal = Some(error.clone());
             while let Some((intake, _)) = self.waiting.pop_front() {
                 self.actions
                     .push(Action::Answer(intake.waiter, Err(error.clone())));
@@ -499,6 +542,7 @@ impl<W> Machine<W> {
         if !self.settings.local || !matches!(self.state, LaneState::Suspect | LaneState::Degraded) {
             return None;
         }
+        self.want_load();
         loop {
             let seq = self.spool.next_to_lease()?;
             if self.bury_if_expired(now, seq) {
@@ -769,6 +813,7 @@ impl<W> Machine<W> {
         if self.state == LaneState::Primary && self.open && self.spool.ready() > 0 {
             self.begin_drain("a local handler gave work back");
         }
+        self.want_load();
         let mut batch = Vec::new();
         self.drain(now, &mut batch);
         self.admit(now, &mut batch);
@@ -781,6 +826,16 @@ impl<W> Machine<W> {
             && self.spool.len() == self.spool.leased() + self.spool.resting()
         {
             self.go(LaneState::Primary, "the spool is empty");
+        }
+    }
+
+    fn want_load(&mut self) {
+        // Ready entries that stand behind the tail are of no use before it.
+        let half = self.settings.head.div_ceil(2);
+        let short = self.spool.ready_here() < half || self.spool.next_to_drain().is_none();
+        if short && !self.loading && self.spool.tail_len() > 0 {
+            self.loading = true;
+            self.actions.push(Action::Load(self.spool.tail_start(half)));
         }
     }
 
@@ -889,7 +944,7 @@ impl<W> Machine<W> {
             let entry = Entry {
                 message: intake.message,
                 order: intake.order,
-                marks: Marks::default(),
+                marks: intake.marks,
                 confirm: intake.confirm,
                 since: now.wall,
                 size,
@@ -906,7 +961,7 @@ impl<W> Machine<W> {
                 token: seq,
                 message: entry.message.clone(),
                 order: entry.order.clone(),
-                marks: Marks::default(),
+                marks: entry.marks.clone(),
                 confirm: entry.confirm,
             });
             self.in_flight.insert(

@@ -22,7 +22,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    keeper::Keeper,
+    keeper::{Keeper, Loaded, Progress},
     machine::{Action, Intake, Machine, Now, Settings},
 };
 use crate::{
@@ -36,11 +36,7 @@ use crate::{
         dead::DeadLetters,
         handover::hand_over,
         health::Health,
-        spool::{
-            Entry, Seq,
-            codec::LaneName,
-            store::{KeptId, SpoolStore},
-        },
+        spool::{LaneLeft, Seq, codec::LaneName, store::SpoolStore},
         state::{LaneState, RouteState, StateChange},
     },
     message::{Message, MessageId, Timestamp, wire::Marks},
@@ -54,6 +50,8 @@ pub(crate) struct Item {
     pub(crate) order: OrderKey,
     pub(crate) confirm: bool,
     pub(crate) deadline: Instant,
+    /// What is known of it beside its fields; nothing, of a new message.
+    pub(crate) marks: Marks,
     pub(crate) waiter: Waiter,
 }
 
@@ -96,8 +94,8 @@ pub(crate) struct Parts {
     pub(crate) health: Option<Arc<Health>>,
     /// Where the spool is kept; none: in memory.
     pub(crate) store: Option<Arc<dyn SpoolStore>>,
-    /// What an earlier process left in it, in publish order.
-    pub(crate) restored: Vec<(Seq, KeptId, Entry)>,
+    /// What an earlier process left in it.
+    pub(crate) restored: Option<LaneLeft>,
     /// The lane's name in the store.
     pub(crate) name: LaneName,
     /// None without a fallback; then nothing is ever spooled.
@@ -112,6 +110,8 @@ pub(crate) struct Parts {
 /// The hub's end of a lane's task.
 pub(crate) struct LaneHandle {
     pub(crate) intake: mpsc::Sender<Item>,
+    /// Whether its spool outlives the process.
+    pub(crate) durable: bool,
     pub(crate) status: Arc<Status>,
     pub(crate) join: std::sync::Mutex<Option<JoinHandle<()>>>,
 }
@@ -181,6 +181,9 @@ const WAITING_BOUND: usize = 1024;
 /// Events taken up in one turn, so that none starves the others.
 const TURN: usize = 256;
 
+/// Pause before a disk that could not be read is asked again.
+const LOAD_PAUSE: Duration = Duration::from_secs(1);
+
 /// Pause before a lane that could not be opened is tried again.
 const REOPEN_PAUSE: Duration = Duration::from_millis(100);
 
@@ -193,11 +196,16 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
     let (intake, items) = mpsc::channel(INTAKE_BOUND);
     let status = Arc::new(Status::default());
     let (settlements, verdicts) = mpsc::unbounded_channel();
+    let durable = parts.settings.durable;
     let mut machine = Machine::new(parts.settings.clone());
-    let mut keeper = Keeper::new(parts.name.clone(), parts.store.take());
-    for (seq, id, entry) in std::mem::take(&mut parts.restored) {
-        keeper.restored(seq, id);
-        machine.restore(seq, entry);
+    let mut keeper = Keeper::new(
+        parts.name.clone(),
+        parts.store.take(),
+        parts.settings.spool_wait,
+    );
+    if let Some(left) = parts.restored.take() {
+        machine.restore(left.spool);
+        keeper.restored(left.ids);
     }
     // Seen by whoever asks before the task's first turn.
     status.show(&machine);
@@ -209,6 +217,8 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
         confirmations: None,
         outbox: Vec::new(),
         opening: None,
+        loading: None,
+        load_pause: Duration::ZERO,
         readers: Vec::new(),
         leases: HashMap::new(),
         settlements,
@@ -217,6 +227,7 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
     let join = tokio::spawn(task.run(items, verdicts));
     LaneHandle {
         intake,
+        durable,
         status,
         join: std::sync::Mutex::new(Some(join)),
     }
@@ -232,6 +243,9 @@ struct Task {
     /// Written by the machine, not passed to the adapter yet.
     outbox: Vec<Submission>,
     opening: Option<BoxFuture<'static, Result<Lane>>>,
+    /// Spooled messages on their way back from the disk.
+    loading: Option<BoxFuture<'static, Result<Loaded>>>,
+    load_pause: Duration,
     /// Readers of this topic, and how many leases each holds.
     readers: Vec<(Arc<Reader>, usize)>,
     /// Which reader holds which lease.
@@ -279,10 +293,13 @@ impl Task {
                 break;
             }
             let look_again = starved.then(|| now().at + READER_PAUSE);
-            let deadline = [self.machine.next_deadline(now()), reopen, look_again]
-                .into_iter()
-                .flatten()
-                .min();
+            let deadlines = [
+                self.machine.next_deadline(now()),
+                self.keeper.next_deadline(),
+                reopen,
+                look_again,
+            ];
+            let deadline = deadlines.into_iter().flatten().min();
             let wants_intake = open_intake && self.machine.waiting() < WAITING_BOUND;
             let health = self.parts.health.clone();
             tokio::select! {
@@ -308,9 +325,12 @@ impl Task {
                     }
                 }
                 () = self.keeper.progress() => {
-                    for (waiter, outcome) in self.keeper.answers() {
-                        self.answer(waiter, Ok(outcome));
-                    }
+                    let progress = self.keeper.synced();
+                    self.tell(progress);
+                }
+                loaded = pending(&mut self.loading) => {
+                    self.loading = None;
+                    self.take_up(loaded);
                 }
                 taken = hand_over(&self.submissions, &mut self.outbox),
                     if !self.outbox.is_empty() && self.submissions.is_some() =>
@@ -322,7 +342,7 @@ impl Task {
                         self.unsend_outbox(now());
                     }
                 }
-                result = opened(&mut self.opening) => {
+                result = pending(&mut self.opening) => {
                     self.opening = None;
                     match result {
                         Ok(lane) => {
@@ -372,6 +392,7 @@ impl Task {
                             order: item.order,
                             confirm: item.confirm,
                             deadline: item.deadline,
+                            marks: item.marks,
                             waiter: item.waiter,
                         });
                     }
@@ -390,6 +411,9 @@ impl Task {
                         if connection.borrow().connected {
                             self.machine.broker_back(now);
                         }
+                    }
+                    for (waiter, outcome) in self.keeper.give_up(now.at) {
+                        self.answer(waiter, Ok(outcome));
                     }
                     self.machine.tick(now);
                 }
@@ -418,6 +442,8 @@ impl Task {
         loop {
             let actions = self.machine.take_actions();
             if actions.is_empty() {
+                let progress = self.keeper.flush(now().at);
+                self.tell(progress);
                 return;
             }
             for action in actions {
@@ -443,6 +469,7 @@ impl Task {
                     } => {
                         self.parts.recorder.messages_dead_lettered.inc();
                         let release = self.keeper.give_away(seq);
+                        self.forget(seq);
                         if let Some(dead) = &self.parts.dead {
                             dead.bury(&self.parts.topic, message, failure, release);
                         }
@@ -459,9 +486,62 @@ impl Task {
                             self.keeper.rewrite(seq, entry);
                         }
                     }
-                    Action::Remove(seq) => self.keeper.remove(seq),
+                    Action::Remove(seq) => self.forget(seq),
+                    Action::Load(seqs) => self.load(seqs),
                     Action::Changed { from, to, why } => self.announce(from, to, why),
                 }
+            }
+        }
+    }
+
+    fn forget(&mut self, seq: Seq) {
+        if let Some((waiter, outcome)) = self.keeper.remove(seq) {
+            self.answer(waiter, Ok(outcome));
+        }
+    }
+
+    fn tell(&mut self, progress: Progress<Waiter>) {
+        for (waiter, outcome) in progress.answers {
+            self.answer(waiter, Ok(outcome));
+        }
+        for seq in progress.kept {
+            self.machine.kept(seq);
+        }
+    }
+
+    fn load(&mut self, seqs: Vec<Seq>) {
+        let Some(loader) = self.keeper.loader(seqs) else {
+            return;
+        };
+        let pause = std::mem::take(&mut self.load_pause);
+        self.loading = Some(Box::pin(async move {
+            tokio::time::sleep(pause).await;
+            tokio::task::spawn_blocking(move || loader.load())
+                .await
+                .unwrap_or_else(|e| {
+                    Err(
+                        Error::new(ErrorCode::UnknownError, "reading the spool panicked")
+                            .caused_by(e),
+                    )
+                })
+        }));
+    }
+
+    fn take_up(&mut self, loaded: Result<Loaded>) {
+        match loaded {
+            Ok(loaded) => {
+                for (seq, error) in loaded.unreadable {
+                    tracing::error!(topic = %self.parts.topic, seq, %error,
+                        "a spooled message cannot be read back");
+                    self.machine.unreadable(seq);
+                }
+                self.machine.loaded(now(), loaded.entries);
+            }
+            Err(error) => {
+                tracing::error!(topic = %self.parts.topic, %error,
+                    "the spool cannot be read; trying again");
+                self.load_pause = LOAD_PAUSE;
+                self.machine.loaded(now(), Vec::new());
             }
         }
     }
@@ -686,9 +766,9 @@ async fn receive(
     }
 }
 
-async fn opened(opening: &mut Option<BoxFuture<'static, Result<Lane>>>) -> Result<Lane> {
-    match opening {
-        Some(opening) => opening.await,
+async fn pending<T>(work: &mut Option<BoxFuture<'static, T>>) -> T {
+    match work {
+        Some(work) => work.await,
         None => std::future::pending().await,
     }
 }

@@ -13,8 +13,11 @@ use super::machine::{Action, Intake, Machine, Now, Settings};
 use crate::{
     broker::{BrokerType, Fate, OrderKey, Outcome, Submission, Verdict},
     error::{Error, ErrorCode},
-    hub::{spool::Budget, state::LaneState},
-    message::{Message, MessageId, Timestamp},
+    hub::{
+        spool::{Budget, Entry},
+        state::LaneState,
+    },
+    message::{Message, MessageId, Timestamp, wire::Marks},
 };
 
 const WINDOW: usize = 16;
@@ -51,6 +54,10 @@ struct Sim {
     /// Turned away by an overloaded broker: what was pipelined behind them on
     /// the same channel may be stored first (C5 leaves that out).
     turned_away: HashSet<String>,
+    /// What is kept of the spool, and who of it is not on the disk yet.
+    disk: BTreeMap<u64, Entry>,
+    unsynced: VecDeque<u64>,
+    to_load: Option<Vec<u64>>,
     states: BTreeSet<(LaneState, &'static str)>,
     changes: Vec<(LaneState, LaneState)>,
 }
@@ -65,7 +72,8 @@ fn settings(budget: &Arc<Budget>, local: bool) -> Settings {
         spool: true,
         budget: budget.clone(),
         spool_wait: Duration::from_secs(5),
-        durable: false,
+        durable: true,
+        head: 4,
         local,
         overload_pause: Duration::from_millis(50),
     }
@@ -100,6 +108,9 @@ impl Sim {
             leased: BTreeMap::new(),
             handled: Vec::new(),
             turned_away: HashSet::new(),
+            disk: BTreeMap::new(),
+            unsynced: VecDeque::new(),
+            to_load: None,
             states: BTreeSet::new(),
             changes: Vec::new(),
         }
@@ -145,14 +156,30 @@ impl Sim {
                         self.broker.written.clear();
                         self.broker.confirming.clear();
                     }
-                    Action::DeadLetter { message, .. } => {
+                    Action::DeadLetter { seq, message, .. } => {
+                        assert!(self.disk.remove(&seq).is_some(), "{seq} was not kept");
                         self.dead.insert(message.id.to_string());
                     }
-                    Action::Store { waiter, .. } => {
+                    Action::Store { seq, entry, waiter } => {
                         let spooled = Ok(Outcome::Spooled { durable: false });
                         self.answers.insert(waiter, spooled);
+                        self.disk.insert(seq, entry);
+                        self.unsynced.push_back(seq);
                     }
-                    Action::Rewrite(_) | Action::Remove(_) => {}
+                    Action::Rewrite(seq) => {
+                        if let Some(entry) = self.machine.spool().get(seq) {
+                            self.disk.insert(seq, entry.clone());
+                            self.unsynced.push_back(seq);
+                        }
+                    }
+                    Action::Load(seqs) => {
+                        assert!(!seqs.is_empty(), "nothing to load");
+                        let before = self.to_load.replace(seqs);
+                        assert!(before.is_none(), "two loads at a time");
+                    }
+                    Action::Remove(seq) => {
+                        assert!(self.disk.remove(&seq).is_some(), "{seq} was not kept");
+                    }
                     Action::Changed { from, to, .. } => self.changes.push((from, to)),
                 }
             }
@@ -182,6 +209,7 @@ impl Sim {
                 order: OrderKey::Publisher(n % KEYS),
                 confirm: true,
                 deadline: self.now + Duration::from_secs(30),
+                marks: Marks::default(),
                 waiter: n,
             },
         );
@@ -220,7 +248,15 @@ impl Sim {
     }
 
     fn step(&mut self, faults: bool) {
-        match self.rng.u32(..100) {
+        match self.rng.u32(..106) {
+            100..=103 => {
+                let n = self.rng.usize(..8);
+                self.sync(n);
+            }
+            104..=105 => {
+                let n = self.rng.usize(..4);
+                self.load(n);
+            }
             0..=29 => self.publish(),
             30..=54 if self.broker.up && !self.broker.stalled && self.lane_open => {
                 if self.broker.overloaded {
@@ -315,6 +351,22 @@ impl Sim {
         self.act();
     }
 
+    /// The disk has synced some of what was written.
+    fn sync(&mut self, count: usize) {
+        for seq in self.unsynced.drain(..count.min(self.unsynced.len())) {
+            self.machine.kept(seq);
+        }
+    }
+
+    /// The disk has read some of what was asked for, at least one.
+    fn load(&mut self, count: usize) {
+        if let Some(seqs) = self.to_load.take() {
+            let read = seqs.iter().take(count.max(1));
+            let entries = read.map(|seq| (*seq, self.disk[seq].clone())).collect();
+            self.machine.loaded(self.now(), entries);
+        }
+    }
+
     fn heal(&mut self) {
         self.broker.stalled = false;
         self.broker.overloaded = false;
@@ -338,6 +390,9 @@ impl Sim {
                 self.machine.opened(self.now());
                 self.act();
             }
+            self.sync(usize::MAX);
+            self.load(usize::MAX);
+            self.act();
             let n = self.broker.written.len();
             self.store(n);
             while let Some(token) = self.broker.confirming.pop_front() {
@@ -363,6 +418,8 @@ impl Sim {
         assert_eq!(self.answers.len() as u64, self.next, "unanswered publishes");
         assert_eq!(self.machine.state(), LaneState::Primary);
         assert_eq!(self.budget.taken(), (0, 0), "room was not given back");
+        assert_eq!(self.machine.spool().bytes(), 0, "bytes were miscounted");
+        assert!(self.disk.is_empty(), "the disk keeps what is done");
         let stored: HashSet<&str> = self
             .broker
             .stored

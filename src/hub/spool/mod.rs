@@ -7,6 +7,9 @@
 //! that was published after it.
 
 pub(crate) mod codec;
+#[cfg(feature = "journal")]
+pub(crate) mod journal;
+pub(crate) mod runs;
 pub(crate) mod store;
 
 use std::{
@@ -20,6 +23,7 @@ use std::{
 
 use tokio::sync::Notify;
 
+use self::runs::Runs;
 use crate::{
     broker::OrderKey,
     message::{Message, Timestamp, wire::Marks},
@@ -58,6 +62,9 @@ pub(crate) enum Status {
 }
 
 /// The spool of one lane.
+///
+/// A long spool is mostly on the disk: its *head* is here, its *tail* is known
+/// by sequence numbers only, and is loaded as the head is drained.
 #[derive(Debug)]
 pub(crate) struct Spool {
     entries: BTreeMap<Seq, (Entry, Status)>,
@@ -65,6 +72,8 @@ pub(crate) struct Spool {
     ready: BTreeSet<Seq>,
     /// Ready entries by falling priority, for local handlers.
     by_priority: BTreeSet<(u8, Seq)>,
+    /// Ready entries that are on the disk only.
+    tail: Runs,
     in_doubt: usize,
     in_flight: usize,
     leased: usize,
@@ -78,6 +87,20 @@ pub(crate) struct Spool {
     /// keys only sends a message behind the drain that could have gone ahead.
     fence: Vec<u32>,
     hasher: RandomState,
+}
+
+/// What an earlier process left for one lane.
+#[derive(Debug, Default)]
+pub(crate) struct LaneLeft {
+    pub(crate) spool: Spool,
+    /// What the store calls each message.
+    pub(crate) ids: Runs,
+}
+
+impl Default for Spool {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// The room that all lanes of a hub share (C8). A message takes its share when
@@ -130,9 +153,9 @@ impl Budget {
     }
 
     /// Takes room that may not be there, for what was accepted before.
-    pub(crate) fn take_anyway(&self, size: usize) {
-        self.messages.fetch_add(1, Relaxed);
-        self.bytes.fetch_add(size, Relaxed);
+    pub(crate) fn take_anyway(&self, messages: usize, bytes: usize) {
+        self.messages.fetch_add(messages, Relaxed);
+        self.bytes.fetch_add(bytes, Relaxed);
     }
 
     /// Whether a message of `size` bytes would find room.
@@ -154,6 +177,10 @@ impl Budget {
     }
 }
 
+/// What a spooled message takes beside its own bytes: the entry, three index
+/// nodes, the message's fixed part.
+pub(crate) const ENTRY_OVERHEAD: usize = 512;
+
 /// Hash slots of the fence. 4 bytes each, so memory stays flat whatever the
 /// number of keys; with 16,384 slots two keys rarely share one.
 const FENCE_SLOTS: usize = 16_384;
@@ -164,6 +191,7 @@ impl Spool {
             entries: BTreeMap::new(),
             ready: BTreeSet::new(),
             by_priority: BTreeSet::new(),
+            tail: Runs::default(),
             in_doubt: 0,
             in_flight: 0,
             leased: 0,
@@ -177,11 +205,83 @@ impl Spool {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.entries.len()
+        self.entries.len() + self.tail.len()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.entries.is_empty() && self.tail.is_empty()
+    }
+
+    /// Entries that are here.
+    pub(crate) fn head_len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(crate) fn tail_len(&self) -> usize {
+        self.tail.len()
+    }
+
+    /// The tail's first entries.
+    pub(crate) fn tail_start(&self, count: usize) -> Vec<Seq> {
+        self.tail.first_keys(count)
+    }
+
+    /// Lets go of the body of an entry that is on the disk. False when it is
+    /// none that the tail could take: it moves, rests, or others of the tail
+    /// would stand before it.
+    pub(crate) fn page_out(&mut self, seq: Seq) -> bool {
+        let fits = self.tail.last_key().is_none_or(|last| last < seq);
+        let Some((entry, Status::Ready)) = self.entries.get(&seq) else {
+            return false;
+        };
+        // What the disk has is what it was when it came: a mark made since would
+        // be lost, and a changed size be given back wrongly.
+        let changed =
+            entry.marks.possible_duplicate || entry.size != entry.message.size() + ENTRY_OVERHEAD;
+        if !fits || changed || !self.ready.contains(&seq) {
+            return false;
+        }
+        self.by_priority
+            .remove(&(u8::MAX - entry.message.priority.value(), seq));
+        self.ready.remove(&seq);
+        self.entries.remove(&seq);
+        // It still counts in bytes and in the fence.
+        self.tail.insert(seq, seq);
+        true
+    }
+
+    /// Notes an entry that is on the disk already.
+    pub(crate) fn restore(&mut self, seq: Seq, order: &OrderKey, size: usize) {
+        let size = size + ENTRY_OVERHEAD;
+        if self.fence.is_empty() {
+            self.fence = vec![0; FENCE_SLOTS];
+        }
+        let slot = self.slot(order);
+        if let Some(count) = self.fence.get_mut(slot) {
+            *count += 1;
+        }
+        self.bytes += size;
+        self.tail.insert(seq, seq);
+    }
+
+    /// An entry of the tail is here again. False when it is none.
+    pub(crate) fn page_in(&mut self, seq: Seq, entry: Entry) -> bool {
+        if self.tail.remove(seq).is_none() {
+            return false;
+        }
+        let slot = self.slot(&entry.order);
+        if let Some(count) = self.fence.get_mut(slot) {
+            *count -= 1;
+        }
+        self.bytes -= entry.size;
+        self.insert(seq, entry, Status::Ready);
+        true
+    }
+
+    /// Gives up on an entry of the tail that cannot be read. What it counted in
+    /// the fence stays: that only sends messages behind the drain.
+    pub(crate) fn drop_unreadable(&mut self, seq: Seq) {
+        self.tail.remove(seq);
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -197,6 +297,16 @@ impl Spool {
     }
 
     pub(crate) fn ready(&self) -> usize {
+        self.ready.len() + self.tail.len()
+    }
+
+    /// The last of those on the disk.
+    pub(crate) fn tail_end(&self) -> Option<Seq> {
+        self.tail.last_key()
+    }
+
+    /// Ready entries that are here.
+    pub(crate) fn ready_here(&self) -> usize {
         self.ready.len()
     }
 
@@ -251,7 +361,7 @@ impl Spool {
         self.bytes -= entry.size;
         let slot = self.slot(&entry.order);
         self.leave(seq, status, entry.due, entry.message.priority.value(), slot);
-        if self.entries.is_empty() {
+        if self.is_empty() {
             // Most lanes spool rarely; the next outage makes another fence.
             self.fence = Vec::new();
         }
@@ -274,9 +384,12 @@ impl Spool {
         }
     }
 
-    /// The first ready entry in publish order.
+    /// The first ready entry in publish order. None also while it is on the
+    /// disk: nothing of the head overtakes the tail.
     pub(crate) fn next_to_drain(&self) -> Option<Seq> {
-        self.ready.first().copied()
+        let first = self.ready.first().copied()?;
+        let tail = self.tail.first().map(|(seq, _)| seq);
+        tail.is_none_or(|tail| first < tail).then_some(first)
     }
 
     /// The first ready entry by priority, then publish order, that overtakes
@@ -288,7 +401,12 @@ impl Spool {
                     .get(*seq)
                     .is_some_and(|e| !self.doubts.contains_key(&slot(&self.hasher, &e.order)))
         };
-        self.by_priority.iter().map(|(_, seq)| *seq).find(free)
+        // Priorities count within the head; nobody sorts what is on the disk.
+        self.by_priority
+            .iter()
+            .map(|(_, seq)| *seq)
+            .filter(|seq| self.tail.first().is_none_or(|(tail, _)| *seq < tail))
+            .find(free)
     }
 
     /// When the first entry that rests becomes due.

@@ -1,8 +1,6 @@
 //! Where a spool is kept, as far as the lanes need to know. The journal is one;
 //! without any a spool is in memory.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use tokio::sync::watch;
 
@@ -11,33 +9,37 @@ use crate::error::Result;
 /// What a store calls something that it keeps.
 pub(crate) type KeptId = u64;
 
-/// How far a store has come.
+/// How far a store has come: the number up to which everything is on the disk,
+/// and why nothing later ever will be.
+#[cfg(feature = "journal")]
+pub(crate) use crate::journal::Durable as Synced;
+
+/// As the journal's, which is not built.
+#[cfg(not(feature = "journal"))]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Synced {
-    /// Everything written with this number or a smaller one is on the disk.
-    pub(crate) up_to: u64,
-    /// Why nothing later ever will be.
-    pub(crate) broken: Option<Arc<str>>,
+    pub(crate) lsn: u64,
+    pub(crate) poisoned: Option<std::sync::Arc<str>>,
+    pub(crate) closed: bool,
 }
 
 /// Something written, not necessarily synced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Written {
+    /// The first of what was put; the others follow, each one more.
     pub(crate) id: KeptId,
-    /// On the disk when [`Synced::up_to`] has reached this.
+    /// On the disk when [`Synced`]'s `lsn` has reached this.
     pub(crate) number: u64,
 }
 
-/// Keeps spooled messages. No call waits for a disk.
+/// Keeps spooled messages.
 pub(crate) trait SpoolStore: Send + Sync {
-    /// Keeps one more.
-    fn put(&self, body: Bytes) -> Result<Written>;
+    /// Keeps some and lets go of others: all of it survives, or none. Never
+    /// waits for a disk.
+    fn write(&self, puts: Vec<Bytes>, removals: &[KeptId]) -> Result<Written>;
 
-    /// Keeps another form of it, under another name: one or the other survives.
-    fn replace(&self, old: KeptId, body: Bytes) -> Result<Written>;
-
-    /// Lets go of one.
-    fn remove(&self, id: KeptId) -> Result<()>;
+    /// Reads back what was put; none where it was let go of. Blocks.
+    fn read(&self, ids: &[KeptId]) -> Result<Vec<Option<Bytes>>>;
 
     /// How far the disk has come.
     fn synced(&self) -> watch::Receiver<Synced>;

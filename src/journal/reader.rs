@@ -1,0 +1,155 @@
+//! Finds entries in segment files: from the place that the index knows, frame by
+//! frame, jumping over bodies; on and on where ids rise. Every body is checked
+//! before it is given out.
+
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use bytes::Bytes;
+
+use super::{
+    EntryId, JournalError,
+    cursor::Cursor,
+    format::{FRAME_HEADER, FrameHeader, OpHead, body_checksum},
+    index::Place,
+    segment,
+    storage::{SegmentFile, Storage},
+};
+
+/// A walk through one segment.
+pub(super) struct SegmentReader {
+    seq: u64,
+    cursor: Cursor,
+    /// The frame that the walk is in, and where the next operation is.
+    frame: Option<FrameHeader>,
+    frame_at: u64,
+    op_at: u64,
+    next_id: EntryId,
+    /// The last entry found at home; those behind it are further on.
+    last: Option<EntryId>,
+}
+
+impl SegmentReader {
+    pub(super) fn new(seq: u64, file: Arc<dyn SegmentFile>) -> Self {
+        Self {
+            seq,
+            cursor: Cursor::new(file),
+            frame: None,
+            frame_at: 0,
+            op_at: 0,
+            next_id: 0,
+            last: None,
+        }
+    }
+
+    /// The segment's number.
+    pub(super) fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// The body of an entry of this segment.
+    pub(super) fn find(
+        &mut self,
+        id: EntryId,
+        place: Place,
+        storage: &dyn Storage,
+    ) -> Result<Bytes, JournalError> {
+        let reads_on = place.home && self.last.is_some_and(|last| last < id);
+        if !reads_on || self.frame_at < place.frame {
+            self.enter(place.frame);
+        }
+        let body = self
+            .walk(id, place.home)
+            .map_err(|e| JournalError::io("read", segment::path(storage, self.seq), e))?;
+        self.last = (place.home && body.is_some()).then_some(id);
+        body.ok_or_else(|| JournalError::Corrupt {
+            file: segment::path(storage, self.seq),
+            offset: self.op_at,
+            why: format!("entry {id} cannot be read where it was written"),
+        })
+    }
+
+    fn enter(&mut self, frame: u64) {
+        (self.frame, self.frame_at, self.op_at) = (None, frame, frame);
+    }
+
+    fn walk(&mut self, id: EntryId, home: bool) -> io::Result<Option<Bytes>> {
+        loop {
+            let Some(frame) = self.frame else {
+                let bytes = self.cursor.peek(self.frame_at, FRAME_HEADER)?;
+                let Some(header) = FrameHeader::decode(bytes, self.frame_at) else {
+                    return Ok(None);
+                };
+                self.frame = Some(header);
+                self.op_at = self.frame_at + FRAME_HEADER as u64;
+                self.next_id = header.first_id;
+                continue;
+            };
+            let end = self.frame_at + frame.total();
+            let may_hold = if home {
+                let puts = frame.first_id..frame.first_id + u64::from(frame.puts);
+                puts.contains(&id)
+            } else {
+                frame.moves > 0
+            };
+            if !may_hold || self.op_at >= end {
+                self.enter(end);
+                continue;
+            }
+            let bytes = self.cursor.peek(self.op_at, OpHead::MAX)?;
+            let Some(head) = OpHead::decode(bytes, self.next_id) else {
+                return Ok(None);
+            };
+            let body_at = self.op_at + head.len() as u64;
+            self.op_at = body_at + head.body_len() as u64;
+            let (found, crc) = match head {
+                OpHead::Put { id, crc, .. } => {
+                    self.next_id += 1;
+                    (id, crc)
+                }
+                OpHead::Moved { id, crc, .. } => (id, crc),
+                OpHead::Remove { .. } | OpHead::Mark => continue,
+            };
+            if found == id {
+                let body = self.cursor.read(body_at, head.body_len())?;
+                let sound = body.len() == head.body_len() && body_checksum(id, &body) == crc;
+                return Ok(sound.then(|| body.into()));
+            }
+        }
+    }
+}
+
+/// A few files kept open for readers: opening costs more than reading one entry.
+pub(super) struct Handles(Mutex<VecDeque<(u64, Arc<dyn SegmentFile>)>>);
+
+impl Handles {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(VecDeque::new()))
+    }
+
+    /// A segment's file.
+    pub(super) fn open(&self, storage: &dyn Storage, seq: u64) -> io::Result<Arc<dyn SegmentFile>> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, file)) = kept.iter().find(|(s, _)| *s == seq) {
+            return Ok(file.clone());
+        }
+        let file = storage.open(&segment::name(seq))?;
+        if kept.len() == OPEN_FILES {
+            kept.pop_front();
+        }
+        kept.push_back((seq, file.clone()));
+        Ok(file)
+    }
+
+    /// Closes a deleted segment's file: until then its space is not free.
+    pub(super) fn forget(&self, seq: u64) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.retain(|(s, _)| *s != seq);
+    }
+}
+
+/// Readers are few and mostly read on; a process has files for other things too.
+const OPEN_FILES: usize = 8;
