@@ -56,7 +56,7 @@ test-infra-stop:
 ## make test-faults        the live fault tests alone: servers killed, paused, cut off
 test-faults: build-tools
 	@scripts/brokers install all
-	MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --test 'fault*' -- --nocapture
+	FAULTS=all MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --test 'fault*' --no-fail-fast -- --nocapture --test-threads=1
 
 ## make bench              confirmed publishing side by side with the bare clients
 bench: build-tools

@@ -1,5 +1,5 @@
 //! The hub's process: the real binary with a data folder, killed, stopped,
-//! paused and started again, behind the proxy that is its clients' network.
+//! paused and started again, behind the proxies that are its clients' network.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
@@ -20,7 +20,10 @@ pub struct Hub {
     folder: PathBuf,
     /// Where it really listens; clients go through `proxy`.
     own_url: String,
+    /// What publishers go through.
     pub proxy: TcpProxy,
+    /// What readers go through.
+    pub reader_proxy: TcpProxy,
     life: Arc<AtomicU32>,
     client: reqwest::Client,
 }
@@ -41,12 +44,14 @@ impl Hub {
     pub async fn start(folder: &Path) -> Self {
         let (child, out, own_url) = spawn(folder).await;
         let proxy = TcpProxy::start(address(&own_url)).await.unwrap();
+        let reader_proxy = TcpProxy::start(address(&own_url)).await.unwrap();
         Self {
             child,
             _out: out,
             folder: folder.to_owned(),
             own_url,
             proxy,
+            reader_proxy,
             life: Arc::new(AtomicU32::new(1)),
             client: reqwest::Client::builder()
                 .timeout(Duration::from_secs(5))
@@ -55,9 +60,14 @@ impl Hub {
         }
     }
 
-    /// For clients: stays when the process is another.
+    /// For publishers: stays when the process is another.
     pub fn url(&self) -> String {
         format!("http://{}", self.proxy.address())
+    }
+
+    /// For readers.
+    pub fn reader_url(&self) -> String {
+        format!("http://{}", self.reader_proxy.address())
     }
 
     /// Counts the processes, from 1.
@@ -130,6 +140,7 @@ impl Hub {
         self.child = child;
         self._out = out;
         self.proxy.set_target(address(&own_url));
+        self.reader_proxy.set_target(address(&own_url));
         self.own_url = own_url;
     }
 }

@@ -89,11 +89,19 @@ impl Load {
     }
 
     /// Call it when everything is answered.
-    pub async fn stop(self) {
-        self.pacer.abort();
+    pub async fn stop(mut self) {
         self.stop.send_replace(true);
-        for task in self.tasks {
+        for task in self.tasks.drain(..) {
             task.await.expect("a publisher does not panic");
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.pacer.abort();
+        for task in &self.tasks {
+            task.abort();
         }
     }
 }

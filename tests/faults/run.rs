@@ -16,7 +16,7 @@ use crate::hub::{Hub, Seen};
 use crate::judge::{self, Facts, Row};
 use crate::publisher::Load;
 use crate::site::{self, Node, Site};
-use crate::support::{Direction, unique, wait};
+use crate::support::{Direction, TcpProxy, unique, wait};
 use crate::through::Through;
 
 /// What a cell has while it runs.
@@ -69,7 +69,7 @@ pub async fn cell(
         }
         Node::Kafka(node) => Foreign::of_topic(&book, node.bootstrap().to_owned()),
     };
-    let through = Through::start(&book, &hub.url(), hub.life(), events);
+    let through = Through::start(&book, &hub.reader_url(), hub.life(), events);
     let load = Load::start(&book, &hub.url());
     let hiccups = Hiccups::start(folder);
     let mut run = Run {
@@ -82,7 +82,10 @@ pub async fn cell(
         through,
         book,
         random: fastrand::Rng::with_seed(seed),
-        facts: Facts::default(),
+        facts: Facts {
+            stopped_well: true,
+            ..Facts::default()
+        },
         paused_for,
     };
     run.course().await;
@@ -100,7 +103,7 @@ pub async fn cell(
     through.end().await;
     facts.repeatable = foreign.repeatable();
     let status = hub.stop().await;
-    facts.stopped_well = status.success();
+    facts.stopped_well &= status.success();
     let row = judge::judge(cell, seed, &book, &facts, &hiccups, began);
     hiccups.stop().await;
     Ok(row)
@@ -134,7 +137,13 @@ impl Run<'_> {
     async fn moment(&mut self) {
         match self.cell.moment {
             Moment::Idle => {}
-            Moment::One => self.load.allow(1),
+            Moment::One => {
+                let seen = self.hub.seen().await.expect("the hub answers");
+                self.facts.at(&seen);
+                // Not waited for: the fault meets it on its way.
+                self.load.allow(1);
+                return;
+            }
             Moment::Saturated => self.saturate().await,
             Moment::Draining => {
                 for attempt in 0.. {
@@ -232,31 +241,22 @@ impl Run<'_> {
     }
 
     async fn strike_hub(&mut self, fault: Fault) {
-        let link = &self.hub.proxy;
         match fault {
             Fault::Kill => self.hub.kill(),
-            Fault::Stop => {
-                let status = self.hub.stop().await;
-                self.facts.stopped_well_before = status.success();
-            }
+            Fault::Stop => self.facts.stopped_well &= self.hub.stop().await.success(),
             Fault::Pause => self.hub.pause(),
-            Fault::Cut => link.cut().await,
-            Fault::HalfOpen => link.half_open(),
-            Fault::Slow => {
-                link.set_delay(DELAY);
-                link.set_rate(Some(THREE_MBIT));
-            }
-            Fault::LostConfirm => link.drop_direction(Direction::ToClient),
             Fault::FullDisk => self.disk.as_ref().expect("a small disk").fill(),
+            Fault::Cut | Fault::HalfOpen | Fault::Slow => strike_links(&self.links(), fault).await,
+            // Its answers do not arrive.
+            Fault::LostConfirm => {
+                for link in self.links() {
+                    link.drop_direction(Direction::ToClient);
+                }
+            }
         }
     }
 
     async fn strike_consumer(&mut self, fault: Fault) {
-        let links = || {
-            [Some(&self.hub.proxy), self.site.reader_link.as_ref()]
-                .into_iter()
-                .flatten()
-        };
         match fault {
             Fault::Kill => {
                 self.through.kill().await;
@@ -266,22 +266,26 @@ impl Run<'_> {
                 self.through.end().await;
                 self.foreign.end().await;
             }
-            Fault::Cut => {
-                for link in links() {
-                    link.cut().await;
-                }
-            }
-            Fault::HalfOpen => links().for_each(|link| link.half_open()),
-            Fault::Slow => links().for_each(|link| {
-                link.set_delay(DELAY);
-                link.set_rate(Some(THREE_MBIT));
-            }),
+            Fault::Cut | Fault::HalfOpen | Fault::Slow => strike_links(&self.links(), fault).await,
             // What a reader sends that has no confirm: its acks.
             Fault::LostConfirm => {
-                links().for_each(|link| link.drop_direction(Direction::ToServer));
+                for link in self.links() {
+                    link.drop_direction(Direction::ToServer);
+                }
             }
             Fault::Pause | Fault::FullDisk => unreachable!("not applicable"),
         }
+    }
+
+    /// The links that a fault of the hub's clients, or of the readers, is on.
+    fn links(&self) -> Vec<&TcpProxy> {
+        let mut links = vec![&self.hub.reader_proxy];
+        if self.cell.target == Target::Hub {
+            links.push(&self.hub.proxy);
+        } else {
+            links.extend(&self.site.reader_link);
+        }
+        links
     }
 
     /// As long as the fault lasts.
@@ -347,18 +351,14 @@ impl Run<'_> {
                 self.foreign.start_again();
             }
             (Target::Hub | Target::Consumer, fault) => {
-                if fault == Fault::LostConfirm {
-                    self.hub.proxy.cut().await;
-                    if let Some(link) = &self.site.reader_link
-                        && self.cell.target == Target::Consumer
-                    {
+                for link in self.links() {
+                    if fault == Fault::LostConfirm {
                         link.cut().await;
                     }
+                    link.set_delay(Duration::ZERO);
+                    link.set_rate(None);
+                    link.heal().await;
                 }
-                self.hub.proxy.set_delay(Duration::ZERO);
-                self.hub.proxy.set_rate(None);
-                self.hub.proxy.heal().await;
-                self.site.heal_links().await;
             }
         }
     }
@@ -440,6 +440,19 @@ impl Run<'_> {
     }
 }
 
+async fn strike_links(links: &[&TcpProxy], fault: Fault) {
+    for link in links {
+        match fault {
+            Fault::Cut => link.cut().await,
+            Fault::HalfOpen => link.half_open(),
+            _ => {
+                link.set_delay(DELAY);
+                link.set_rate(Some(THREE_MBIT));
+            }
+        }
+    }
+}
+
 const WARM_UP: u64 = 100;
 const LAST: u64 = 300;
 /// Messages a second when saturated, all publishers together.
@@ -449,7 +462,7 @@ const GENTLE: u32 = 200;
 const DELAY: Duration = Duration::from_millis(100);
 const THREE_MBIT: u64 = 3_000_000 / 8;
 /// Bytes a second to a broker that is drained to: a drain that can be struck.
-const NARROW: u64 = 600_000;
+const NARROW: u64 = 1_500_000;
 const START: Duration = Duration::from_secs(60);
 const LONG: Duration = Duration::from_secs(90);
 /// A reader that gets nothing for this long gets no more; leases of a reader

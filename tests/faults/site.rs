@@ -139,7 +139,7 @@ impl Node {
         match self {
             // The alarm that a full disk raises; publishers are blocked.
             Self::Rabbit(node) => {
-                node.ctl(&["set_disk_free_limit", "1000TB"]).await;
+                node.ctl(&["set_disk_free_limit", "1000000GB"]).await;
             }
             // No file may grow: the log's next write fails, and Kafka, which
             // has one folder, ends itself.

@@ -22,6 +22,12 @@ pub struct Through {
     events: bool,
 }
 
+impl Drop for Through {
+    fn drop(&mut self) {
+        self.task.get_mut().abort();
+    }
+}
+
 struct Shared {
     book: Arc<Book>,
     url: String,
