@@ -119,10 +119,6 @@ impl Target {
             Self::Consumer => "consumer",
         }
     }
-
-    pub fn is_broker(self) -> bool {
-        matches!(self, Self::RabbitMq | Self::Kafka)
-    }
 }
 
 impl Fault {

@@ -57,7 +57,7 @@ impl Load {
                 tokio::spawn(publisher.run(stopped.clone()))
             })
             .collect();
-        let pacer = tokio::spawn(pace(allowed.clone(), rate.clone()));
+        let pacer = tokio::spawn(pace(allowed.clone(), rate.clone(), progress.clone()));
         Self {
             allowed,
             rate,
@@ -106,7 +106,9 @@ impl Drop for Load {
     }
 }
 
-async fn pace(allowed: Arc<watch::Sender<u64>>, rate: Arc<AtomicU32>) {
+/// Never owes more than a little: where the hub is slower than the rate, the
+/// publishers are as fast as it answers.
+async fn pace(allowed: Arc<watch::Sender<u64>>, rate: Arc<AtomicU32>, progress: Arc<Progress>) {
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
     let mut owed = 0.0;
@@ -114,7 +116,12 @@ async fn pace(allowed: Arc<watch::Sender<u64>>, rate: Arc<AtomicU32>) {
         ticks.tick().await;
         owed += f64::from(rate.load(Ordering::Relaxed)) * TICK.as_secs_f64();
         if owed >= 1.0 {
-            allowed.send_modify(|allowed| *allowed += owed as u64);
+            let most = progress.begun.load(Ordering::Relaxed) + DEBT;
+            allowed.send_if_modified(|allowed| {
+                let room = most.saturating_sub(*allowed);
+                *allowed += room.min(owed as u64);
+                true
+            });
             owed = owed.fract();
         }
     }
@@ -297,12 +304,15 @@ impl Publisher {
     }
 }
 
-const PUBLISHERS: usize = 2;
+const PUBLISHERS: usize = 3;
+/// Messages that may be due and not written.
+const DEBT: u64 = 100;
 const TICK: Duration = Duration::from_millis(5);
 const RECONNECT: Duration = Duration::from_millis(50);
 /// Without any answer for this long a client gives a connection up.
 const ANSWER: Duration = Duration::from_secs(5);
-/// The hub reads no further than 1,024 lines ahead of its answers.
-const WINDOW: usize = 1000;
+/// Lines of a publisher without an answer: enough to keep the hub busy, few
+/// enough that waiting behind one's own lines is no matter of seconds.
+const WINDOW: usize = 150;
 /// Lines that are repeated at a time.
 const BATCH: usize = 100;

@@ -29,6 +29,7 @@ struct Run<'a> {
     foreign: Foreign,
     through: Through,
     book: Arc<Book>,
+    began: Instant,
     random: fastrand::Rng,
     facts: Facts,
     /// How long a paused process is paused; else as long as it takes to see.
@@ -81,11 +82,9 @@ pub async fn cell(
         foreign,
         through,
         book,
+        began,
         random: fastrand::Rng::with_seed(seed),
-        facts: Facts {
-            stopped_well: true,
-            ..Facts::default()
-        },
+        facts: Facts::default(),
         paused_for,
     };
     run.course().await;
@@ -103,34 +102,52 @@ pub async fn cell(
     through.end().await;
     facts.repeatable = foreign.repeatable();
     let status = hub.stop().await;
-    facts.stopped_well &= status.success();
+    facts.stopped(status);
     let row = judge::judge(cell, seed, &book, &facts, &hiccups, began);
     hiccups.stop().await;
     Ok(row)
 }
 
 impl Run<'_> {
+    /// So that a run that hangs says where.
+    fn says(&self, stage: &str) {
+        println!(
+            "  {} {:.1} s: {stage}; {} answered",
+            self.cell,
+            self.began.elapsed().as_secs_f64(),
+            self.load.answered()
+        );
+    }
+
     async fn course(&mut self) {
+        self.says("set up");
         self.load.allow(WARM_UP);
         self.answered("the first messages are answered").await;
         self.well("before the fault").await;
         self.moment().await;
+        self.says("strike");
         self.facts.struck = Some(Instant::now());
         self.facts.reconnects = self.site.link.counters().accepted;
         self.strike().await;
         self.outage().await;
+        self.says("mend");
         self.mend().await;
+        self.says("mended");
         self.facts.reconnects = self.site.link.counters().accepted - self.facts.reconnects;
         self.facts.count_the_strike(self.cell);
         self.facts.mended = Some(Instant::now());
         self.load.set_rate(0);
         self.answered("everything is answered").await;
+        self.says("answered");
         self.well("after the fault").await;
+        self.says("well");
         self.load.allow(LAST);
         self.answered("the last messages are answered").await;
         self.well("at the end").await;
         self.facts.left = self.hub.seen().await.map_or(u64::MAX, |s| s.messages);
+        self.says("read to the end");
         self.read_to_the_end().await;
+        self.says("judge");
     }
 
     /// Until the moment at which the fault is to strike.
@@ -164,7 +181,7 @@ impl Run<'_> {
 
     async fn saturate(&mut self) {
         self.load.set_rate(RATE);
-        let goal = self.load.answered() + self.random.u64(1_000..2_000);
+        let goal = self.load.answered() + self.random.u64(500..1_000);
         wait::until(LONG, "publishes before the fault", async || {
             self.load.answered() >= goal
         })
@@ -173,7 +190,7 @@ impl Run<'_> {
 
     /// An outage that fills the spool, and its end.
     async fn make_a_drain(&mut self) -> (u64, u64) {
-        let wanted = self.random.u64(3_000..5_000);
+        let wanted = self.random.u64(1_500..2_500);
         self.site.link.cut().await;
         self.facts.lost_a_connection(Instant::now());
         wait::until(LONG, "messages in the spool", async || {
@@ -243,7 +260,10 @@ impl Run<'_> {
     async fn strike_hub(&mut self, fault: Fault) {
         match fault {
             Fault::Kill => self.hub.kill(),
-            Fault::Stop => self.facts.stopped_well &= self.hub.stop().await.success(),
+            Fault::Stop => {
+                let status = self.hub.stop().await;
+                self.facts.stopped(status);
+            }
             Fault::Pause => self.hub.pause(),
             Fault::FullDisk => self.disk.as_ref().expect("a small disk").fill(),
             Fault::Cut | Fault::HalfOpen | Fault::Slow => strike_links(&self.links(), fault).await,
@@ -433,7 +453,7 @@ impl Run<'_> {
         if self.cell.mode != Mode::Events {
             let empty = self.through.empty();
             wait::until(LONG, "leases that bring nothing", async || {
-                self.through.empty() >= empty + 2
+                self.through.empty() >= empty + 6
             })
             .await;
         }

@@ -97,7 +97,7 @@ impl Table {
 
 fn line(row: &Row) -> String {
     format!(
-        "| {} | {} | {} | {}/{}/{}/{} | {} | {} | {}/{:.1}/{:.0}/{:.0} ({:.0}+{:.0}) | {}/{}/{}/{}/{} | {} | {}/{} | {}/{} | {:.0} |",
+        "| {} | {} | {} | {}/{}/{}/{} | {} | {} | {}/{:.1}/{:.0}/{:.0} ({:.0}+{:.0}+{:.0}) | {}/{}/{}/{}/{} | {} | {}/{} | {}/{} | {:.0} |",
         if row.passed { "ok" } else { "FAILED" },
         row.cell,
         row.seed,
@@ -113,6 +113,7 @@ fn line(row: &Row) -> String {
         row.limit_ms,
         row.hiccup_ms,
         row.sync_ms,
+        row.before_ms,
         row.lost,
         row.unexpected,
         row.corrupted,
@@ -128,5 +129,5 @@ fn line(row: &Row) -> String {
 }
 
 const HEAD: &str = "| | cell | seed | published/spooled/repeated/failed | struck in, spool | outage ms | \
-publishes in the outage/p99/worst/limit ms (hiccup+sync) | lost/unexpected/corrupted/reordered/left | \
+publishes in the outage/p99/worst/limit ms (hiccup+sync+before) | lost/unexpected/corrupted/reordered/left | \
 twice in process | foreign duplicates/bound | hub's duplicates/bound | s |";

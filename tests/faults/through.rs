@@ -18,7 +18,7 @@ use crate::book::{Arrival, Book, Reader, hash};
 pub struct Through {
     shared: Arc<Shared>,
     stop: watch::Sender<bool>,
-    task: Mutex<JoinHandle<()>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
     events: bool,
 }
 
@@ -45,11 +45,71 @@ impl Through {
             empty: AtomicU64::new(0),
         });
         let (stop, stopped) = watch::channel(false);
-        let task = Mutex::new(begin(&shared, stopped, events));
+        let tasks = Mutex::new(begin(&shared, &stopped, events));
         Self {
             shared,
             stop,
-            task,
+            tasks,
+            events,
+        }
+    }
+
+    /// How often nothing came.
+    pub fn empty(&self) -> u64 {
+        self.shared.empty.load(Ordering::Relaxed)
+    }
+
+    /// Ends it in the middle of whatever it does; its connections break.
+    pub async fn kill(&self) {
+        for task in self.tasks.lock().await.iter() {
+            task.abort();
+        }
+    }
+
+    /// Lets it finish what it has in hand.
+    pub async fn end(&self) {
+        self.stop.send_replace(true);
+        for task in self.tasks.lock().await.drain(..) {
+            let _aborted = task.await;
+        }
+        self.stop.send_replace(false);
+    }
+
+    pub async fn start_again(&self) {
+        *self.tasks.lock().await = begin(&self.shared, &self.stop.subscribe(), self.events);
+    }
+}
+
+impl Drop for Through {
+    fn drop(&mut self) {
+        for task in self.tasks.get_mut() {
+            task.abort();
+        }
+    }
+}
+
+struct Shared {
+    book: Arc<Book>,
+    url: String,
+    life: Arc<AtomicU32>,
+    /// Lease requests that brought nothing, for whoever waits for the end.
+    empty: AtomicU64,
+}
+
+impl Through {
+    pub fn start(book: &Arc<Book>, url: &str, life: Arc<AtomicU32>, events: bool) -> Self {
+        let shared = Arc::new(Shared {
+            book: book.clone(),
+            url: url.to_owned(),
+            life,
+            empty: AtomicU64::new(0),
+        });
+        let (stop, stopped) = watch::channel(false);
+        let tasks = Mutex::new(begin(&shared, &stopped, events));
+        Self {
+            shared,
+            stop,
+            tasks,
             events,
         }
     }
@@ -78,31 +138,40 @@ impl Through {
     }
 }
 
-fn begin(shared: &Arc<Shared>, stopped: watch::Receiver<bool>, events: bool) -> JoinHandle<()> {
-    let shared = shared.clone();
-    tokio::spawn(async move {
-        let client = reqwest::Client::builder()
-            .pool_max_idle_per_host(1)
-            .build()
-            .unwrap();
-        while !*stopped.borrow() {
-            let went_on = if events {
-                shared.stream(&client, stopped.clone()).await
-            } else {
-                shared.lease(&client).await
-            };
-            if went_on.is_none() {
-                tokio::time::sleep(RETRY).await;
-            }
+/// Leases are taken by some workers at once; a stream is read by one.
+fn begin(
+    shared: &Arc<Shared>,
+    stopped: &watch::Receiver<bool>,
+    events: bool,
+) -> Vec<JoinHandle<()>> {
+    let workers = if events { 1 } else { WORKERS };
+    (0..workers)
+        .map(|_| tokio::spawn(work(shared.clone(), stopped.clone(), events)))
+        .collect()
+}
+
+async fn work(shared: Arc<Shared>, stopped: watch::Receiver<bool>, events: bool) {
+    let client = reqwest::Client::builder()
+        .pool_max_idle_per_host(1)
+        .build()
+        .unwrap();
+    while !*stopped.borrow() {
+        let went_on = if events {
+            shared.stream(&client, stopped.clone()).await
+        } else {
+            shared.lease(&client).await
+        };
+        if went_on.is_none() {
+            tokio::time::sleep(RETRY).await;
         }
-    })
+    }
 }
 
 impl Shared {
     /// Leases some, notes them, acks them. None: something failed.
     async fn lease(&self, client: &reqwest::Client) -> Option<()> {
         let life = self.life.load(Ordering::SeqCst);
-        let ask = json!({"max": LEASED, "wait_ms": 300, "lease_ms": LEASE.as_millis() as u64});
+        let ask = json!({"max": LEASE_OF, "wait_ms": 300, "lease_ms": LEASE.as_millis() as u64});
         let path = format!("/v1/queues/{}/lease", self.book.topic);
         let (status, answer) = self.post(client, &path, &ask).await?;
         if status != 200 {
@@ -233,8 +302,11 @@ impl Shared {
     }
 }
 
-/// Deliveries of one lease: what may be unsettled at once.
-pub const LEASED: u64 = 300;
+const WORKERS: u64 = 3;
+/// Deliveries of one lease at most.
+const LEASE_OF: u64 = 300;
+/// What may be unsettled at once.
+pub const LEASED: u64 = WORKERS * LEASE_OF;
 /// A reader that died gives its leases back after this.
 const LEASE: Duration = Duration::from_secs(8);
 const OPEN: Duration = Duration::from_secs(6);
