@@ -165,8 +165,8 @@ impl Run<'_> {
             Moment::Draining => {
                 for attempt in 0.. {
                     self.saturate().await;
-                    let (low, most) = self.make_a_drain().await;
-                    if self.reach_the_drain(low, most).await {
+                    self.make_a_drain().await;
+                    if self.reach_the_drain().await {
                         return;
                     }
                     assert!(attempt < 5, "a drain was never seen in time");
@@ -189,7 +189,7 @@ impl Run<'_> {
     }
 
     /// An outage that fills the spool, and its end.
-    async fn make_a_drain(&mut self) -> (u64, u64) {
+    async fn make_a_drain(&mut self) {
         let wanted = self.random.u64(1_500..2_500);
         self.site.link.cut().await;
         self.facts.lost_a_connection(Instant::now());
@@ -200,33 +200,28 @@ impl Run<'_> {
         // So that the drain can be seen: it lasts some seconds.
         self.site.link.set_rate(Some(NARROW));
         self.site.link.heal().await;
-        (wanted / 4, wanted * 3 / 4)
     }
 
-    /// True when it drains and has so many left; false when it was too quick.
-    async fn reach_the_drain(&mut self, low: u64, most: u64) -> bool {
-        let left = self.random.u64(low..most);
+    /// True in the middle of a drain; false when it was too quick.
+    async fn reach_the_drain(&mut self) -> bool {
         let deadline = Instant::now() + LONG;
-        let mut draining = false;
+        let into = Duration::from_millis(self.random.u64(10..600));
+        let mut since = None;
         let found = loop {
             assert!(Instant::now() < deadline, "the spool never drained");
-            match self.hub.seen().await {
-                Some(seen) if seen.state == "draining" => {
-                    draining = true;
-                    if seen.messages <= left {
-                        self.facts.at(&seen);
-                        break true;
-                    }
-                    // Intake refills it as fast as it drains: well in the middle then.
-                    if deadline - Instant::now() < LONG / 2 {
-                        self.facts.at(&seen);
-                        break true;
-                    }
+            let Some(seen) = self.hub.seen().await else {
+                continue;
+            };
+            match (seen.state.as_str(), since) {
+                ("draining", None) => since = Some(Instant::now()),
+                ("draining", Some(at)) if at.elapsed() >= into && seen.remaining > 0 => {
+                    self.facts.at(&seen);
+                    break true;
                 }
-                Some(seen) if draining && seen.state == "primary" => break false,
+                ("primary", Some(_)) => break false,
                 _ => {}
             }
-            tokio::task::yield_now().await;
+            tokio::time::sleep(Duration::from_millis(3)).await;
         };
         self.site.link.set_rate(None);
         found

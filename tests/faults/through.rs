@@ -22,20 +22,6 @@ pub struct Through {
     events: bool,
 }
 
-impl Drop for Through {
-    fn drop(&mut self) {
-        self.task.get_mut().abort();
-    }
-}
-
-struct Shared {
-    book: Arc<Book>,
-    url: String,
-    life: Arc<AtomicU32>,
-    /// Lease requests that brought nothing, for whoever waits for the end.
-    empty: AtomicU64,
-}
-
 impl Through {
     pub fn start(book: &Arc<Book>, url: &str, life: Arc<AtomicU32>, events: bool) -> Self {
         let shared = Arc::new(Shared {
