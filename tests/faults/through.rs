@@ -82,48 +82,6 @@ struct Shared {
     empty: AtomicU64,
 }
 
-impl Through {
-    pub fn start(book: &Arc<Book>, url: &str, life: Arc<AtomicU32>, events: bool) -> Self {
-        let shared = Arc::new(Shared {
-            book: book.clone(),
-            url: url.to_owned(),
-            life,
-            empty: AtomicU64::new(0),
-        });
-        let (stop, stopped) = watch::channel(false);
-        let tasks = Mutex::new(begin(&shared, &stopped, events));
-        Self {
-            shared,
-            stop,
-            tasks,
-            events,
-        }
-    }
-
-    /// How often nothing came.
-    pub fn empty(&self) -> u64 {
-        self.shared.empty.load(Ordering::Relaxed)
-    }
-
-    /// Ends it in the middle of whatever it does; its connections break.
-    pub async fn kill(&self) {
-        let task = self.task.lock().await;
-        task.abort();
-    }
-
-    /// Lets it finish what it has in hand.
-    pub async fn end(&self) {
-        self.stop.send_replace(true);
-        let mut task = self.task.lock().await;
-        let _aborted = (&mut *task).await;
-        self.stop.send_replace(false);
-    }
-
-    pub async fn start_again(&self) {
-        *self.task.lock().await = begin(&self.shared, self.stop.subscribe(), self.events);
-    }
-}
-
 /// Leases are taken by some workers at once; a stream is read by one.
 fn begin(
     shared: &Arc<Shared>,
