@@ -142,7 +142,12 @@ pub fn judge(
         0 => 0,
         hubs => facts.bound(cell, book) + hubs * LEASED,
     };
-    let (struck, mending) = (facts.struck.unwrap(), facts.mending.unwrap());
+    let struck = facts.struck.unwrap();
+    // A server that must start again is away until it has.
+    let mending = match (cell.target, cell.fault) {
+        (Target::RabbitMq | Target::Kafka, Fault::Kill | Fault::Stop) => facts.mended.unwrap(),
+        _ => facts.mending.unwrap(),
+    };
     // While draining a publish may wait for room before it is written.
     let from = match cell.moment {
         Moment::Draining => struck,

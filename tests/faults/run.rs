@@ -343,6 +343,8 @@ impl Run<'_> {
 
     async fn mend(&mut self) {
         self.facts.mending = Some(Instant::now());
+        // A server takes its time to start; what is published meanwhile is drained.
+        self.load.set_rate(GENTLE);
         match (self.cell.target, self.cell.fault) {
             (Target::RabbitMq | Target::Kafka, Fault::Kill | Fault::Stop) => {
                 self.site.node.restart().await;
