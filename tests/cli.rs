@@ -264,3 +264,73 @@ fn a_configuration_is_checked_and_shown_without_secrets() {
         err(&bad)
     );
 }
+
+#[cfg(feature = "rabbitmq")]
+#[test]
+fn a_spool_is_listed_paused_resumed_and_exported_to_be_published_again() {
+    let hub = Hub::start_with(&[], &[("RABBITMQ_URL", "amqp://127.0.0.1:1")]);
+    for id in ["c1", "c2"] {
+        let said = done(&hub.run(&["publish", "tasks", "--payload", "x", "--id", id]));
+        assert_eq!(said, format!("{id} spooled in memory\n"));
+    }
+    let listed = done(&hub.run(&["spool", "list"]));
+    assert!(
+        listed.contains("tasks") && listed.contains("degraded"),
+        "{listed}"
+    );
+    assert!(
+        listed.contains("total: 2 messages (0 in doubt)"),
+        "{listed}"
+    );
+    let page = done(&hub.run(&["spool", "list", "--entries", "--limit", "1"]));
+    let cursor = page.trim().rsplit_once("more: --cursor ").unwrap().1;
+    assert!(page.contains("c1") && !page.contains("c2"), "{page}");
+    let rest = done(&hub.run(&["spool", "list", "--entries", "--cursor", cursor]));
+    assert!(rest.contains("c2") && !rest.contains("c1"), "{rest}");
+
+    assert_eq!(
+        done(&hub.run(&["spool", "pause", "tasks"])),
+        "paused tasks: 1 lanes\n"
+    );
+    assert!(done(&hub.run(&["spool", "list"])).contains("paused; "));
+    assert!(done(&hub.run(&["state"])).contains("degraded, paused"));
+    assert_eq!(
+        done(&hub.run(&["spool", "resume", "--rate", "5/s"])),
+        "resumed #: 1 lanes\n"
+    );
+    let listed = done(&hub.run(&["spool", "list", "--json", "--topic", "tasks"]));
+    let listed: Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed["lanes"][0]["drain"]["limit"], 5);
+    assert_eq!(listed["lanes"][0]["paused"], false);
+    done(&hub.run(&["spool", "pause", "--degrade"]));
+    assert!(done(&hub.run(&["spool", "list"])).contains("degraded by force"));
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("spool.ndjson");
+    let path = file.to_str().unwrap();
+    done(&hub.run(&["spool", "export", "tasks", "--output", path]));
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert_eq!(done(&hub.run(&["spool", "export"])), text);
+    assert_eq!(text.lines().count(), 2);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    let other = Hub::start();
+    let answers = done(&other.run(&["publish", "tasks", "--ndjson", "--file", path]));
+    assert_eq!(answers.matches("delivered").count(), 2, "{answers}");
+
+    for wrong in [
+        &["spool"][..],
+        &["spool", "list", "--cursor", "x"],
+        &["spool", "list", "--route", "a", "--topic", "b"],
+        &["spool", "list", "--limit", "0"],
+        &["spool", "resume", "--rate", "fast"],
+    ] {
+        assert_eq!(hub.run(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+    let nowhere = hub.run(&["spool", "export", "--output", "/proc/nowhere/x"]);
+    assert_eq!(nowhere.status.code(), Some(1));
+    assert!(
+        err(&nowhere).contains("cannot be written"),
+        "{}",
+        err(&nowhere)
+    );
+}

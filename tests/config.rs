@@ -165,21 +165,25 @@ fn the_environment_beats_the_file_and_the_file_beats_the_default() {
     let file = "\
 log: {level: debug}
 max_message_bytes: 1000000
+hub: {spool: {drain_rate: 40}}
 rabbitmq: {host: from-file, prefetch_count: 7}
 ";
     let plain = load(file, &[]);
     assert_eq!(plain.log.level, "debug");
+    assert_eq!(plain.hub.spool.drain_rate, 40);
     assert_eq!(plain.rabbitmq.as_ref().unwrap().prefetch_count, 7);
     let config = load(
         file,
         &[
             ("MESSAGING_LOG", "warn"),
             ("MESSAGING_LOG_FORMAT", "json"),
+            ("MESSAGING_SPOOL_DRAIN_RATE", "250"),
             ("RABBITMQ_HOST", "from-env"),
         ],
     );
     assert_eq!(config.log.level, "warn");
     assert_eq!(config.log.format, LogFormat::Json);
+    assert_eq!(config.hub.spool.drain_rate, 250);
     assert_eq!(config.max_message_bytes, 1_000_000);
     let rabbitmq = config.rabbitmq.unwrap();
     assert_eq!(rabbitmq.host, "from-env");

@@ -821,3 +821,156 @@ async fn while_the_broker_is_away_publishes_are_spooled_and_what_is_left_ends_it
     assert_eq!(status.code(), Some(1), "{err}");
     assert!(err.contains("3 accepted messages"), "{err}");
 }
+
+#[cfg(feature = "rabbitmq")]
+#[tokio::test]
+async fn operators_see_the_spool_pause_it_and_export_what_can_be_published_again() {
+    let mut hub = Hub::start_with(
+        &[],
+        &[
+            ("RABBITMQ_URL", "amqp://127.0.0.1:1"),
+            ("MESSAGING_SHUTDOWN_GRACE", "2s"),
+            ("MESSAGING_SPOOL_DRAIN_RATE", "70"),
+        ],
+    );
+    let get = async |path: &str| {
+        let response = Client::new().get(hub.at(path)).send().await.unwrap();
+        let status = response.status();
+        let text = response.text().await.unwrap();
+        (
+            status,
+            serde_json::from_str::<Value>(&text).unwrap_or_default(),
+        )
+    };
+    let envelopes =
+        r#"[{"id":"s1","key":"k","type":"greet","payload":"aGk="},{"id":"s2"},{"id":"s3"}]"#;
+    let array = post(&hub, "tasks", ENVELOPE, envelopes).await;
+    assert_eq!(array.status(), StatusCode::ACCEPTED);
+
+    let (status, list) = get("/v1/spool?topic=tasks.%23").await;
+    assert_eq!(status, StatusCode::OK, "{list}");
+    assert_eq!(list["total"]["messages"], 3);
+    let lane = &list["lanes"][0];
+    for (field, value) in [
+        ("topic", json!("tasks")),
+        ("state", json!("degraded")),
+        ("messages", json!(3)),
+        ("ready", json!(3)),
+        ("in_doubt", json!(0)),
+        ("durable", json!(false)),
+        ("paused", json!(false)),
+        ("forced", json!(false)),
+    ] {
+        assert_eq!(lane[field], value, "{field} of {lane}");
+    }
+    assert_eq!(lane["drain"]["limit"], 70);
+    assert!(lane["why"].is_string(), "{lane}");
+    let route = lane["route"].as_str().unwrap();
+    let by_route = format!("/v1/spool?route={}", route.replace('#', "%23"));
+    assert_eq!(get(&by_route).await.1["total"]["lanes"], 1);
+    assert_eq!(get("/v1/spool?topic=other").await.1["total"]["lanes"], 0);
+
+    // A page at a time, in publish order.
+    let (_, first) = get("/v1/spool?entries=1&limit=2").await;
+    assert_eq!(first["messages"][0]["id"], "s1");
+    assert_eq!(first["messages"][0]["key"], "k");
+    assert_eq!(first["messages"][0]["type"], "greet");
+    assert_eq!(first["messages"][0]["status"], "ready");
+    assert!(first["messages"][0].get("payload").is_none());
+    let cursor = first["next"].as_str().unwrap();
+    let (_, second) = get(&format!("/v1/spool?entries=1&cursor={cursor}")).await;
+    assert_eq!(second["messages"][0]["id"], "s3");
+    assert_eq!(second["messages"].as_array().unwrap().len(), 1);
+    assert!(second.get("next").is_none(), "{second}");
+
+    // A word holds for lanes that come later, too.
+    let (status, said) = call(&hub, "/v1/spool/pause", json!({"pattern": "tasks.#"})).await;
+    assert_eq!(status, StatusCode::OK, "{said}");
+    assert_eq!(
+        said,
+        json!({"pattern": "tasks.#", "lanes": 1, "pending": 0})
+    );
+    let later = post(&hub, "tasks.later", ENVELOPE, r#"{"id":"l1"}"#).await;
+    assert_eq!(later.status(), StatusCode::ACCEPTED);
+    let (_, list) = get("/v1/spool").await;
+    let paused = |list: &Value| {
+        let lanes = list["lanes"].as_array().unwrap().clone();
+        lanes.iter().filter(|l| l["paused"] == true).count()
+    };
+    assert_eq!(paused(&list), 2, "{list}");
+    let (_, state) = get("/v1/state").await;
+    let routes = state["routes"].as_array().unwrap();
+    let of = |pattern: &str| routes.iter().find(|r| r["pattern"] == pattern).unwrap();
+    assert_eq!(of("tasks.#")["paused"], true);
+    assert_eq!(of("helixagent.tasks.#")["paused"], false);
+    let rate = json!({"pattern": "tasks", "rate": "unlimited"});
+    assert_eq!(call(&hub, "/v1/spool/resume", rate).await.0, 200);
+    let (_, list) = get("/v1/spool?topic=tasks").await;
+    assert_eq!(paused(&list), 0, "{list}");
+    assert_eq!(list["lanes"][0]["drain"]["limit"], 0);
+    let forced = call(&hub, "/v1/spool/pause", json!({"degrade": true})).await;
+    assert_eq!(forced.1["lanes"], 2, "{}", forced.1);
+    let (_, list) = get("/v1/spool?topic=tasks").await;
+    assert_eq!(list["lanes"][0]["forced"], true);
+
+    // What is exported can be published elsewhere as it stands.
+    let export = Client::new()
+        .get(hub.at("/v1/spool/export?pattern=tasks"))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(export.headers()["content-type"], "application/x-ndjson");
+    let lines = export.text().await.unwrap();
+    let exported: Vec<Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(exported.len(), 3);
+    assert_eq!(exported[0]["topic"], "tasks");
+    assert_eq!(exported[0]["payload"], "aGk=");
+    assert_eq!(exported[0]["spool"]["possible_duplicate"], false);
+    let other = Hub::start();
+    let again = post(&other, "tasks", "application/x-ndjson", lines).await;
+    let answers = again.text().await.unwrap();
+    assert_eq!(answers.matches("\"delivered\"").count(), 3, "{answers}");
+
+    hub.signal("TERM");
+    let (status, err) = hub.ended();
+    assert_eq!(status.code(), Some(1), "{err}");
+    assert!(err.contains("4 accepted messages"), "{err}");
+}
+
+#[tokio::test]
+async fn wrong_words_about_the_spool_are_problems() {
+    let hub = Hub::start();
+    for query in [
+        "limit=0",
+        "limit=10001",
+        "entries=1&limit=1001",
+        "entries=perhaps",
+        "cursor=e30",
+        "entries=1&cursor=e30",
+        "topic=a..b",
+        "nonsense=1",
+    ] {
+        let response = Client::new()
+            .get(hub.at(&format!("/v1/spool?{query}")))
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST, "{query}");
+    }
+    for (what, body) in [
+        ("resume", json!({"rate": -1})),
+        ("resume", json!({"rate": "fast"})),
+        ("resume", json!({"rate": 4_294_967_296_u64})),
+        ("pause", json!({"pattern": "a..b"})),
+        ("pause", json!({"patern": "a"})),
+        // Without a broker nothing is ever spooled.
+        ("pause", json!({"degrade": true})),
+    ] {
+        let (status, problem) = call(&hub, &format!("/v1/spool/{what}"), body.clone()).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{body}");
+        assert_eq!(problem["code"], "INVALID_CONFIG", "{body}: {problem}");
+    }
+}

@@ -9,6 +9,7 @@ mod config;
 mod data;
 mod publish;
 mod serve;
+mod spool;
 mod sse;
 mod state;
 mod subscribe;
@@ -98,6 +99,9 @@ enum Command {
     Subscribe(subscribe::Subscribe),
     /// Show routes, brokers and weakened guarantees.
     State(state::State),
+    /// Look at the spool, pause and resume its drain, export it.
+    #[command(subcommand)]
+    Spool(spool::Spool),
     /// Compare what should exist on the brokers with what does.
     #[command(subcommand)]
     Topology(topology::Topology),
@@ -116,6 +120,7 @@ impl Cli {
             Command::Publish(publish) => publish.run(&target).await,
             Command::Subscribe(subscribe) => subscribe.run(&target).await,
             Command::State(state) => state.run(&target).await,
+            Command::Spool(spool) => spool.run(&target).await,
             Command::Topology(topology) => topology.run(&target).await,
             Command::Config(config) => config.run(&target),
             Command::Health => state::health(&target).await,

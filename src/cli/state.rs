@@ -102,7 +102,7 @@ fn show(target: &Target, state: &Value) -> Result<(), Failure> {
             text(route, "/pattern"),
             text(route, "/kind"),
             text(route, "/primary"),
-            text(route, "/state"),
+            state_of(route),
             text(route, "/spool/messages"),
             text(route, "/spool/in_doubt"),
         ))?;
@@ -124,6 +124,16 @@ fn show(target: &Target, state: &Value) -> Result<(), Failure> {
         ))?;
     }
     Ok(())
+}
+
+/// Wider than its column when it is paused, which is to be seen.
+fn state_of(route: &Value) -> String {
+    let state = text(route, "/state");
+    if route.get("paused").and_then(Value::as_bool) == Some(true) {
+        format!("{state}, paused")
+    } else {
+        state
+    }
 }
 
 fn change(change: &Value) -> String {

@@ -87,6 +87,10 @@ pub struct SpoolSettings {
     /// How long a publish waits for room before `SPOOL_FULL`. Default 5 s.
     #[serde(with = "crate::duration")]
     pub wait: Duration,
+    /// Messages that each lane drains a second at most, for a primary that
+    /// should not be flooded when it comes back. Default 0: no limit. Danger:
+    /// below what is published of spooled keys, the spool grows until it is full.
+    pub drain_rate: u32,
 }
 
 /// A window of remembered ids.
@@ -256,6 +260,7 @@ impl Default for SpoolSettings {
             max_messages: 1_000_000,
             max_bytes: 512 * 1024 * 1024,
             wait: Duration::from_secs(5),
+            drain_rate: 0,
         }
     }
 }

@@ -144,6 +144,8 @@ pub const VARIABLES: &[Variable] = &[
         |c, v| set(&mut c.hub.spool.max_bytes, number(v))),
     hub("MESSAGING_SPOOL_WAIT", "5s", "how long a publish waits for room in a full spool",
         |c, v| set(&mut c.hub.spool.wait, time(v))),
+    hub("MESSAGING_SPOOL_DRAIN_RATE", "0", "messages that each lane drains a second at most; 0 for no limit",
+        |c, v| set(&mut c.hub.spool.drain_rate, u32::try_from(number(v)?).map_err(|_| "expected a number up to 4294967295"))),
     hub("MESSAGING_SUSPECT_TIMEOUT", "10s", "how long a silent broker keeps its connection",
         |c, v| set(&mut c.hub.suspect_timeout, time(v))),
     hub("MESSAGING_HEALTH_CHECK_INTERVAL", "30s", "how often brokers are asked whether they are well",

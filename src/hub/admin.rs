@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::{
-    MessagingHub, lock,
+    MessagingHub,
+    controls::Hold,
+    lock,
     route::RouteKind,
     state::{BrokerState, DrainState, HubState, LaneState, RouteState, SpoolState},
 };
@@ -179,6 +181,7 @@ impl MessagingHub {
             .iter()
             .map(|b| (b.broker_type(), b.is_connected()))
             .collect();
+        let rules = self.0.controls.borrow().clone();
         #[cfg(feature = "journal")]
         let durable = self.spool_is_durable();
         #[cfg(not(feature = "journal"))]
@@ -196,6 +199,7 @@ impl MessagingHub {
                     ..SpoolState::default()
                 },
                 drain: DrainState::default(),
+                paused: rules.of_pattern(&r.pattern).hold != Hold::Nothing,
             })
             .collect();
         let now = Timestamp::now();

@@ -52,7 +52,11 @@ impl MessagingHub {
 
 /// Drain rates by route, from the counts seen at successive looks.
 #[derive(Debug, Default)]
-pub(super) struct DrainRates(HashMap<String, (Instant, u64, f64)>);
+pub(super) struct DrainRates(HashMap<String, Meter>);
+
+/// A rate, from the counts seen at successive looks.
+#[derive(Debug, Default)]
+pub(crate) struct Meter(Option<(Instant, u64, f64)>);
 
 /// Looks closer together than this share one rate.
 const LOOK: f64 = 0.2;
@@ -61,19 +65,21 @@ impl DrainRates {
     /// The drain of a route that has drained `drained` so far and holds
     /// `remaining`.
     pub(super) fn of(&mut self, route: &str, drained: u64, remaining: u64) -> DrainState {
+        let rate = self.0.entry(route.to_owned()).or_default().look(drained);
+        DrainState { rate, remaining }
+    }
+}
+
+impl Meter {
+    /// How many a second, lately, when there were `count` by now.
+    pub(crate) fn look(&mut self, count: u64) -> f64 {
         let now = Instant::now();
-        let (at, before, rate) = self
-            .0
-            .entry(route.to_owned())
-            .or_insert((now, drained, 0.0));
+        let (at, before, rate) = self.0.get_or_insert((now, count, 0.0));
         let passed = now.duration_since(*at).as_secs_f64();
         if passed >= LOOK {
-            *rate = drained.saturating_sub(*before) as f64 / passed;
-            (*at, *before) = (now, drained);
+            *rate = count.saturating_sub(*before) as f64 / passed;
+            (*at, *before) = (now, count);
         }
-        DrainState {
-            rate: *rate,
-            remaining,
-        }
+        *rate
     }
 }

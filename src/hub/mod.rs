@@ -2,8 +2,8 @@
 //! spools what a primary cannot take, moves it back, and hands each message to
 //! each group once.
 //!
-//! What is hard is pure and stands in [`lane::machine`], [`spool`], [`dedup`],
-//! [`intake`] and [`route`]; the rest is a thin shell of tasks. The hub knows
+//! What is hard is pure and stands in `lane::machine`, `spool`, `dedup`,
+//! `intake` and [`route`]; the rest is a thin shell of tasks. The hub knows
 //! brokers only through [`crate::broker`].
 
 mod accepted;
@@ -14,6 +14,7 @@ mod batch;
 pub mod breaker;
 mod close;
 mod consume;
+mod controls;
 mod dead;
 mod dedup;
 mod group;
@@ -24,6 +25,7 @@ mod intake;
 mod keep;
 mod lane;
 mod metrics;
+pub mod operator;
 mod publish;
 mod publisher;
 pub mod route;
@@ -49,6 +51,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::{
     accepted::Accepted,
     breaker::Breaker,
+    controls::Rules,
     dead::DeadLetters,
     group::Group,
     health::Health,
@@ -96,6 +99,8 @@ struct Inner {
     accepted: Arc<Accepted>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     readers: Arc<watch::Sender<Readers>>,
+    /// What operators want of lanes.
+    controls: watch::Sender<Arc<Rules>>,
     changes: broadcast::Sender<StateChange>,
     recorder: Arc<MetricsRecorder>,
     health: Mutex<HashMap<BrokerType, Arc<Health>>>,
@@ -153,6 +158,7 @@ impl MessagingHub {
             size(config.spool.max_bytes),
         ));
         let accepted = Arc::new(Accepted::new(&config.intake_window));
+        let controls = watch::channel(Arc::new(Rules::new(config.spool.drain_rate))).0;
         Self(Arc::new(Inner {
             config,
             topology,
@@ -169,6 +175,7 @@ impl MessagingHub {
             accepted,
             groups: Mutex::default(),
             readers: Arc::new(watch::channel(Readers::default()).0),
+            controls,
             changes: broadcast::channel(CHANGES_BOUND).0,
             recorder: Arc::default(),
             health: Mutex::default(),

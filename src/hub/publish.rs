@@ -470,6 +470,7 @@ impl MessagingHub {
             recorder: self.0.recorder.clone(),
             fallback_usages: self.0.fallback_usages.clone(),
             readers: self.0.readers.subscribe(),
+            controls: self.0.controls.subscribe(),
             closing: self.0.closing.clone(),
         }
     }

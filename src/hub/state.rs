@@ -43,7 +43,7 @@ pub struct StateChange {
     pub topic: String,
     /// Which lane of the topic (Kafka: the partition).
     pub lane: u32,
-    /// From.
+    /// From. The same as `to` when an operator paused or resumed a drain.
     pub from: LaneState,
     /// To.
     pub to: LaneState,
@@ -81,6 +81,8 @@ pub struct RouteState {
     pub spool: SpoolState,
     /// How the drain does.
     pub drain: DrainState,
+    /// Whether an operator paused the drain of a lane, or of the whole route.
+    pub paused: bool,
 }
 
 /// What a route's lanes hold.

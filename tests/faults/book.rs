@@ -33,6 +33,9 @@ pub struct Arrival {
     pub key: Option<String>,
     pub payload_hash: u64,
     pub marked: bool,
+    /// The broker itself said that it had delivered it before: whatever came
+    /// of that, this is no first delivery.
+    pub again: bool,
     pub settled: bool,
     /// Which life of the hub's process handed it out; 0 at the broker.
     pub life: u32,

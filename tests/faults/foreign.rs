@@ -195,6 +195,7 @@ impl Shared {
                             payload_hash: hash(&delivery.data),
                             marked: delivery.redelivered
                                 || text("hub-possible-duplicate").is_some(),
+                            again: delivery.redelivered,
                             settled: true,
                             life: 0,
                         },
@@ -300,6 +301,7 @@ impl Shared {
                             key: message.key().map(text),
                             payload_hash: hash(message.payload().unwrap_or_default()),
                             marked: header("hub-possible-duplicate").is_some(),
+                            again: false,
                             settled: true,
                             life: 0,
                         },

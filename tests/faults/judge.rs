@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use messaging_hub::conformance::ledger::{self, Outcome, Verdict};
+use messaging_hub::conformance::ledger::{self, Outcome};
 use serde::Serialize;
 
 use crate::book::{Arrival, Attempt, Book, Reader};
@@ -128,7 +128,7 @@ pub fn judge(
     let foreign = book.arrivals(Reader::Foreign);
     let through = book.arrivals(Reader::Through);
     let verdict = ledger::check(&history(cell, book, facts, &foreign, &through));
-    let reordered = reordered(cell, book, &verdict, &foreign, &through);
+    let reordered = reordered(cell, book, &foreign, &through);
     let twice = twice_in_process(book, &through);
     let of = |group: &str| -> u64 {
         let own = verdict
@@ -319,38 +319,43 @@ fn deliveries<'a>(
 }
 
 /// What is out of order, where C5 promises order: what reached the primary
-/// (the foreign reader), a stream's group, and what came from the spool alone.
-/// Leases compete with those before them, and get dispatch order only.
-fn reordered(
-    cell: Cell,
-    book: &Book,
-    verdict: &Verdict,
-    foreign: &[Arrival],
-    through: &[Arrival],
-) -> Vec<String> {
-    let mut found = verdict.reordered.clone();
-    if cell.mode != Mode::Events {
-        found.retain(|r| r.finding.group != THROUGH);
-    }
-    if cell.mode == Mode::Local {
-        let reached: HashSet<&str> = foreign.iter().map(|a| a.id.as_str()).collect();
-        let local = through.iter().filter(|a| !reached.contains(a.id.as_str()));
-        let history = ledger::History {
-            published: book.published(),
-            delivered: deliveries(book, "spool", local),
-            ..ledger::History::default()
-        };
-        found.extend(ledger::check(&history).reordered);
+/// (the foreign reader's first deliveries), a stream's group, and what came from
+/// the spool alone. Leases compete with those before them, and get dispatch
+/// order only.
+fn reordered(cell: Cell, book: &Book, foreign: &[Arrival], through: &[Arrival]) -> Vec<String> {
+    // A link that was lost took deliveries with it; they come again, later.
+    let first = foreign.iter().filter(|a| !a.again);
+    let mut found = out_of_order(book, FOREIGN, first);
+    match cell.mode {
+        Mode::Events => found.extend(out_of_order(book, THROUGH, through.iter())),
+        Mode::Local => {
+            let reached: HashSet<&str> = foreign.iter().map(|a| a.id.as_str()).collect();
+            let local = through.iter().filter(|a| !reached.contains(a.id.as_str()));
+            found.extend(out_of_order(book, "the spool", local));
+        }
+        Mode::Hold => {}
     }
     found
-        .iter()
+}
+
+fn out_of_order<'a>(
+    book: &Book,
+    group: &str,
+    arrivals: impl Iterator<Item = &'a Arrival>,
+) -> Vec<String> {
+    let history = ledger::History {
+        published: book.published(),
+        delivered: deliveries(book, group, arrivals),
+        ..ledger::History::default()
+    };
+    let found = ledger::check(&history).reordered.into_iter();
+    found
         .map(|r| {
             format!(
-                "{} after {} of {} to {}",
+                "{} after {} of {} to {group}",
                 r.finding.id,
                 r.after,
                 r.key.as_deref().unwrap_or_default(),
-                r.finding.group
             )
         })
         .collect()

@@ -222,6 +222,7 @@ impl Shared {
                 key: text("key"),
                 payload_hash: hash(&payload),
                 marked: message["redelivered"] == json!(true),
+                again: false,
                 settled: false,
                 life,
             },

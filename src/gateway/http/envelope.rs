@@ -7,16 +7,27 @@ use crate::{error::Error, message::Message};
 
 /// Reads one envelope for `topic`.
 ///
-/// A message that was read from the hub can be published as it stands: what is
-/// set for readers only (`redelivered`, `offset`) is taken off. A `topic` in it
+/// A message that was read from the hub, or exported from its spool, can be
+/// published as it stands: what is set for readers only (`redelivered`,
+/// `offset`), and what the spool had noted (`spool`), is taken off. A `topic` in it
 /// must be the one that is published to, by whichever of its names; the hub
 /// knows them and checks that.
 pub(super) fn parse(json: &[u8], topic: &str) -> Result<Message, Problem> {
     let mut message: Message = serde_json::from_slice(json)
+        .or_else(|e| without_spool(json).unwrap_or(Err(e)))
         .map_err(|e| Problem::invalid(format!("the envelope is not a message: {e}")).on(topic))?;
     message.redelivered = false;
     message.offset = None;
     lower_case_headers(message).map_err(|e| Problem::from(e).on(topic))
+}
+
+/// A message that was exported, without the notes of the spool; none when it
+/// has no such notes.
+fn without_spool(json: &[u8]) -> Option<Result<Message, serde_json::Error>> {
+    let mut fields: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(json).ok()?;
+    fields.remove("spool")?;
+    Some(serde_json::from_value(fields.into()))
 }
 
 /// Splits an array into its elements, unparsed, so that one bad element costs
@@ -78,6 +89,18 @@ mod tests {
     fn what_only_readers_get_is_taken_off() {
         let m = parse(br#"{"topic":"t","redelivered":true,"offset":9}"#, "t").unwrap();
         assert!(!m.redelivered && m.offset.is_none());
+    }
+
+    #[test]
+    fn the_notes_of_an_export_are_taken_off_and_other_mistakes_still_named() {
+        let m = parse(
+            br#"{"id":"e1","payload":"aGk=","key":{"base64":"/w=="},"spool":{"seq":7}}"#,
+            "t",
+        )
+        .unwrap();
+        assert_eq!((m.id.as_str(), &m.payload[..]), ("e1", &b"hi"[..]));
+        let wrong = parse(br#"{"paylod":"","spool":{}}"#, "t").unwrap_err();
+        assert!(wrong.to_string().contains("paylod"), "{wrong}");
     }
 
     #[test]

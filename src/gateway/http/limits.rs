@@ -76,6 +76,12 @@ pub(super) const MAX_LEASE: Duration = Duration::from_secs(25 * 60);
 /// Tokens acked by one request.
 pub(super) const MAX_ACK_BATCH: usize = 10_000;
 
+/// Lanes, or messages, of one look at the spool when the client does not say.
+pub(super) const DEFAULT_SPOOL_PAGE: usize = 100;
+
+/// Lanes of one look at the spool.
+pub(super) const MAX_SPOOL_LANES: usize = 10_000;
+
 /// The JSON envelope of a payload of `max_message_bytes` is at most this long:
 /// base64 takes four bytes for three.
 pub(super) const fn envelope_bytes(max_message_bytes: usize) -> usize {

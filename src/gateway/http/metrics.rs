@@ -243,6 +243,11 @@ impl Page {
                 "Messages still to be drained",
                 named(|r| r.drain.remaining as f64),
             ),
+            (
+                "messaging_drain_paused",
+                "1 while an operator keeps a lane of the route from draining",
+                named(|r| f64::from(u8::from(r.paused))),
+            ),
         ] {
             self.gauges(name, help, &["route"], rows)?;
         }

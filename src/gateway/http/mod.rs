@@ -29,6 +29,7 @@ mod publish;
 mod raw;
 mod router;
 mod server;
+mod spool;
 mod state;
 mod stream;
 mod streams;

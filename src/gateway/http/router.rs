@@ -9,7 +9,7 @@ use axum::{
     routing::{get, post},
 };
 
-use super::{App, commit, guard, lease, metrics, problem::Problem, publish, state, stream};
+use super::{App, commit, guard, lease, metrics, problem::Problem, publish, spool, state, stream};
 
 /// Every path, behind the guard.
 pub(super) fn router(app: &App) -> Router {
@@ -23,6 +23,10 @@ pub(super) fn router(app: &App) -> Router {
         .route("/v1/health", get(state::health))
         .route("/v1/state", get(state::state))
         .route("/v1/state/changes", get(state::changes))
+        .route("/v1/spool", get(spool::list))
+        .route("/v1/spool/pause", post(spool::pause))
+        .route("/v1/spool/resume", post(spool::resume))
+        .route("/v1/spool/export", get(spool::export))
         .route("/v1/topology", get(state::topology))
         .route("/v1/topology/apply", post(state::apply))
         .route("/v1/topology/wanted", get(state::wanted))

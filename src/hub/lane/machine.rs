@@ -26,7 +26,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::hedge::Hedge;
+mod operate;
+
+use super::{hedge::Hedge, limit::Limit};
 use crate::{
     broker::{BrokerType, Fate, OrderKey, Outcome, Submission, Verdict},
     error::{Assume, Error, ErrorCode},
@@ -171,6 +173,12 @@ pub(crate) struct Machine<W> {
     credit: usize,
     half_credit: bool,
     drained: u64,
+    /// An operator paused the drain.
+    paused: bool,
+    /// An operator lets nothing be written to the primary.
+    forced: bool,
+    /// How fast an operator, or the configuration, lets it drain.
+    limit: Option<Limit>,
     actions: Vec<Action<W>>,
 }
 
@@ -209,6 +217,9 @@ impl<W> Machine<W> {
             credit: FIRST_CREDIT,
             half_credit: false,
             drained: 0,
+            paused: false,
+            forced: false,
+            limit: None,
             actions: Vec::new(),
         }
     }
@@ -284,6 +295,13 @@ impl<W> Machine<W> {
         }
         if let Some(due) = self.spool.next_due() {
             at_least(now.at + due.since(now.wall).max(Duration::from_millis(1)));
+        }
+        if let Some(limit) = &self.limit
+            && self.may_drain()
+            && self.spool.next_to_drain().is_some()
+            && self.has_drain_window()
+        {
+            at_least(limit.next());
         }
         next
     }
@@ -489,7 +507,11 @@ impl<W> Machine<W> {
 
     /// Whether the spool can still be moved to the primary.
     pub(crate) fn is_draining(&self) -> bool {
-        self.open && !self.spool.is_empty() && !self.leaves_the_rest()
+        self.open
+            && !self.spool.is_empty()
+            && !self.leaves_the_rest()
+            && !self.paused
+            && !self.forced
     }
 
     /// Closing, with a spool that the next process takes up.
@@ -598,6 +620,13 @@ impl<W> Machine<W> {
     }
 
     fn go(&mut self, to: LaneState, why: &'static str) {
+        // Whatever would let it write waits for the operator's word.
+        let (to, why) = match to {
+            LaneState::Primary | LaneState::Draining if self.forced => {
+                (LaneState::Degraded, operate::HELD)
+            }
+            _ => (to, why),
+        };
         if self.state != to {
             let from = std::mem::replace(&mut self.state, to);
             self.actions.push(Action::Changed { from, to, why });
@@ -615,7 +644,7 @@ impl<W> Machine<W> {
     }
 
     fn want_open(&mut self, now: Now) {
-        if !self.open && self.opening.is_none() && !self.refused {
+        if !self.open && self.opening.is_none() && !self.refused && !self.forced {
             self.opening = Some(now.at);
             self.actions.push(Action::Open);
         }
@@ -640,7 +669,9 @@ impl<W> Machine<W> {
     /// The stall begins: first what is in flight is spooled, in publish order,
     /// in doubt; then everything that waits goes behind it (by `pump`).
     fn become_suspect(&mut self, now: Now, why: &'static str) {
-        if self.state == LaneState::Suspect || self.state == LaneState::Degraded {
+        // A lane that an operator degraded may still have publishes in flight.
+        let over = self.state == LaneState::Degraded && !self.forced;
+        if self.state == LaneState::Suspect || over {
             return;
         }
         if !self.settings.spool {
@@ -846,21 +877,40 @@ impl<W> Machine<W> {
             && matches!(self.state, LaneState::Primary | LaneState::Draining)
     }
 
+    fn may_drain(&self) -> bool {
+        self.may_write()
+            && self.state == LaneState::Draining
+            && !self.paused
+            && !self.leaves_the_rest()
+    }
+
+    /// Whether the drain's share of the window has room.
+    fn has_drain_window(&self) -> bool {
+        let share = (self.settings.window * 3 / 4).max(1);
+        self.in_flight.len() - self.fresh < share && self.in_flight.len() < self.settings.window
+    }
+
     /// The drain has three quarters of the window; the rest is for new
     /// publishes whose keys the spool does not hold.
     fn drain(&mut self, now: Now, batch: &mut Vec<Submission>) {
-        if !self.may_write() || self.state != LaneState::Draining || self.leaves_the_rest() {
+        if !self.may_drain() {
             return;
         }
-        let share = (self.settings.window * 3 / 4).max(1);
-        while self.in_flight.len() - self.fresh < share
-            && self.in_flight.len() < self.settings.window
-        {
+        // What a memory spool still holds when the hub closes is lost: no limit
+        // is worth that.
+        let hurry = self.closing && !self.settings.durable;
+        while self.has_drain_window() {
             let Some(seq) = self.spool.next_to_drain() else {
                 return;
             };
             if self.bury_if_expired(now, seq) {
                 continue;
+            }
+            if let Some(limit) = &mut self.limit
+                && !hurry
+                && !limit.take(now.at)
+            {
+                return;
             }
             self.spool.set(seq, Status::InFlight);
             let Some(entry) = self.spool.get(seq) else {
@@ -918,7 +968,7 @@ impl<W> Machine<W> {
                     LaneState::Suspect | LaneState::Degraded => Way::Wait,
                     LaneState::Draining => {
                         if self.spool.fences(&intake.order) {
-                            if spool_room && self.credit > 0 {
+                            if spool_room && (self.credit > 0 || self.is_slowed()) {
                                 Way::Spool
                             } else {
                                 Way::Wait
@@ -952,7 +1002,7 @@ impl<W> Machine<W> {
             };
             if matches!(way, Way::Spool) {
                 if self.state == LaneState::Draining {
-                    self.credit -= 1;
+                    self.credit = self.credit.saturating_sub(1);
                 }
                 self.file(seq, entry, intake.waiter, Status::Ready);
                 continue;

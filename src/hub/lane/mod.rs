@@ -1,7 +1,9 @@
 //! Publishing lanes of the hub: [`machine`] decides, [`task`] does.
 
+pub(crate) mod ask;
 mod hedge;
 pub(crate) mod keeper;
+mod limit;
 pub(crate) mod machine;
 pub(crate) mod task;
 #[cfg(test)]

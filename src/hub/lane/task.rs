@@ -8,8 +8,8 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -22,6 +22,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    ask::{self, ASKS_BOUND, Ask},
     keeper::{Keeper, Loaded, Progress},
     machine::{Action, Intake, Machine, Now, Settings},
 };
@@ -33,9 +34,12 @@ use crate::{
     error::{Error, ErrorCode, Result},
     hub::{
         accepted::Seen,
+        controls::Rules,
         dead::DeadLetters,
         handover::hand_over,
         health::Health,
+        lock,
+        metrics::Meter,
         spool::{LaneLeft, Seq, codec::LaneName, store::SpoolStore},
         state::{LaneState, RouteState, StateChange},
     },
@@ -104,6 +108,8 @@ pub(crate) struct Parts {
     pub(crate) recorder: Arc<MetricsRecorder>,
     pub(crate) fallback_usages: Arc<AtomicU64>,
     pub(crate) readers: watch::Receiver<Readers>,
+    /// What operators want.
+    pub(crate) controls: watch::Receiver<Arc<Rules>>,
     pub(crate) closing: CancellationToken,
 }
 
@@ -113,7 +119,13 @@ pub(crate) struct LaneHandle {
     /// Whether its spool outlives the process.
     pub(crate) durable: bool,
     pub(crate) status: Arc<Status>,
-    pub(crate) join: std::sync::Mutex<Option<JoinHandle<()>>>,
+    pub(crate) join: Mutex<Option<JoinHandle<()>>>,
+    /// For operators.
+    pub(crate) asks: mpsc::Sender<Ask>,
+    pub(crate) name: LaneName,
+    pub(crate) route: String,
+    /// How fast it drains, from look to look.
+    pub(crate) meter: Mutex<Meter>,
 }
 
 /// What a lane shows, without asking its task.
@@ -126,6 +138,18 @@ pub(crate) struct Status {
     /// Milliseconds since the epoch; 0: nothing is spooled.
     pub(crate) oldest: AtomicU64,
     pub(crate) drained: AtomicU64,
+    pub(crate) ready: AtomicU64,
+    pub(crate) in_flight: AtomicU64,
+    pub(crate) leased: AtomicU64,
+    pub(crate) resting: AtomicU64,
+    /// An operator paused the drain.
+    pub(crate) paused: AtomicBool,
+    /// An operator lets nothing be written to the primary.
+    pub(crate) forced: AtomicBool,
+    /// Messages drained a second at most; 0: no limit.
+    pub(crate) limit: AtomicU32,
+    /// Why the state last changed, if it ever did.
+    why: Mutex<Option<&'static str>>,
 }
 
 impl Status {
@@ -138,6 +162,21 @@ impl Status {
         }
     }
 
+    /// Why the state last changed, if it ever did.
+    pub(crate) fn why(&self) -> Option<&'static str> {
+        *lock(&self.why)
+    }
+
+    /// How long ago the oldest message was spooled, in milliseconds.
+    pub(crate) fn oldest_age_ms(&self, now: Timestamp) -> u64 {
+        let oldest = i64::try_from(self.oldest.load(Relaxed)).unwrap_or(0);
+        if oldest == 0 {
+            return 0;
+        }
+        let age = now.since(Timestamp::from_millis(oldest));
+        u64::try_from(age.as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Adds this lane to its route. `drain.remaining` carries the count of
     /// drained messages until the rate is worked out from it.
     pub(crate) fn add_to(&self, route: &mut RouteState, now: Timestamp) {
@@ -145,12 +184,8 @@ impl Status {
         route.spool.messages += self.messages.load(Relaxed);
         route.spool.in_doubt += self.in_doubt.load(Relaxed);
         route.spool.bytes += self.bytes.load(Relaxed);
-        let oldest = i64::try_from(self.oldest.load(Relaxed)).unwrap_or(0);
-        if oldest > 0 {
-            let age = now.since(Timestamp::from_millis(oldest));
-            let age = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
-            route.spool.oldest_age_ms = route.spool.oldest_age_ms.max(age);
-        }
+        route.spool.oldest_age_ms = route.spool.oldest_age_ms.max(self.oldest_age_ms(now));
+        route.paused |= self.paused.load(Relaxed);
         route.drain.remaining += self.drained.load(Relaxed);
     }
 
@@ -169,6 +204,13 @@ impl Status {
         let oldest = spool.oldest().map_or(0, |t| t.as_millis().max(1));
         self.oldest.store(oldest.unsigned_abs(), Relaxed);
         self.drained.store(machine.drained(), Relaxed);
+        self.ready.store(spool.ready() as u64, Relaxed);
+        self.in_flight.store(spool.in_flight() as u64, Relaxed);
+        self.leased.store(spool.leased() as u64, Relaxed);
+        self.resting.store(spool.resting() as u64, Relaxed);
+        self.paused.store(machine.is_paused(), Relaxed);
+        self.forced.store(machine.is_forced(), Relaxed);
+        self.limit.store(machine.limit(), Relaxed);
     }
 }
 
@@ -206,9 +248,15 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
     if let Some(left) = parts.restored.take() {
         machine.restore(left.spool);
         keeper.restored(left.ids);
+        *lock(&status.why) = Some("an earlier process left messages in the spool");
     }
+    let wanted = parts.controls.borrow_and_update().of(&parts.topic);
+    machine.control(now(), wanted);
     // Seen by whoever asks before the task's first turn.
     status.show(&machine);
+    let (asks, asked) = mpsc::channel(ASKS_BOUND);
+    let name = parts.name.clone();
+    let route = parts.route.clone();
     let task = Task {
         machine,
         keeper,
@@ -224,12 +272,16 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
         settlements,
         status: status.clone(),
     };
-    let join = tokio::spawn(task.run(items, verdicts));
+    let join = tokio::spawn(task.run(items, verdicts, asked));
     LaneHandle {
         intake,
         durable,
         status,
-        join: std::sync::Mutex::new(Some(join)),
+        join: Mutex::new(Some(join)),
+        asks,
+        name,
+        route,
+        meter: Mutex::default(),
     }
 }
 
@@ -259,6 +311,7 @@ impl Task {
         mut self,
         mut items: mpsc::Receiver<Item>,
         mut verdicts: mpsc::UnboundedReceiver<Settlement>,
+        mut asked: mpsc::Receiver<Ask>,
     ) {
         let mut connection = self.parts.broker.connection();
         let mut confirmations: Vec<Confirmation> = Vec::with_capacity(TURN);
@@ -268,6 +321,7 @@ impl Task {
         let mut open_intake = true;
         let mut reopen: Option<Instant> = None;
         let mut registry = self.parts.readers.clone();
+        let mut controls = self.parts.controls.clone();
         self.pick_readers(&registry.borrow_and_update().clone());
         if !connection.borrow_and_update().connected {
             self.machine.broker_away(now());
@@ -324,6 +378,12 @@ impl Task {
                         self.settle(s);
                     }
                 }
+                Some(ask) = asked.recv() => {
+                    // Whoever asks has said before what is wanted.
+                    self.obey(&mut controls);
+                    self.reply(ask);
+                }
+                Ok(()) = controls.changed() => self.obey(&mut controls),
                 () = self.keeper.progress() => {
                     let progress = self.keeper.synced();
                     self.tell(progress);
@@ -435,6 +495,26 @@ impl Task {
             .filter(|r| r.pattern.matches(&self.parts.topic))
             .map(|r| (r.clone(), held.get(&r.id).copied().unwrap_or(0)))
             .collect();
+    }
+
+    /// Does what operators want by now.
+    fn obey(&mut self, controls: &mut watch::Receiver<Arc<Rules>>) {
+        let wanted = controls.borrow_and_update().of(&self.parts.topic);
+        self.machine.control(now(), wanted);
+    }
+
+    fn reply(&mut self, ask: Ask) {
+        match ask {
+            Ask::Obeyed(answer) => {
+                self.act();
+                self.status.show(&self.machine);
+                // Whoever no longer waits need not know.
+                let _ = answer.send(());
+            }
+            Ask::Page(wanted, answer) => {
+                let _ = answer.send(ask::page(&self.machine, &self.keeper, wanted));
+            }
+        }
     }
 
     /// Carries out what the machine decided.
@@ -627,6 +707,7 @@ impl Task {
             at: Timestamp::now(),
             reason: why.to_owned(),
         };
+        *lock(&self.status.why) = Some(why);
         if to == LaneState::Primary || from == LaneState::Primary {
             tracing::warn!(route = %change.route, topic = %change.topic, lane = change.lane,
                 from = from.as_str(), to = to.as_str(), reason = why,

@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::machine::{Action, Intake, Machine, Now, Settings};
+use crate::hub::controls::{Controls, Hold};
 use crate::{
     broker::{BrokerType, Fate, OrderKey, Outcome, Submission, Verdict},
     error::{Error, ErrorCode},
@@ -141,6 +142,16 @@ impl Sim {
                             "written while {:?}",
                             self.machine.state()
                         );
+                        assert!(!self.machine.is_forced(), "written while degraded by force");
+                        if self.machine.is_paused() {
+                            for s in &batch {
+                                assert_eq!(
+                                    self.machine.spool().status(s.token),
+                                    None,
+                                    "drained while paused"
+                                );
+                            }
+                        }
                         self.broker.written.extend(batch);
                     }
                     Action::Answer(n, outcome) => {
@@ -200,13 +211,17 @@ impl Sim {
     fn publish(&mut self) {
         let n = self.next;
         self.next += 1;
+        self.publish_numbered(n, n % KEYS);
+    }
+
+    fn publish_numbered(&mut self, n: u64, key: u64) {
         let mut message = Message::new("t", "x");
         message.id = MessageId::new(format!("m{n}")).unwrap();
         self.machine.publish(
             self.now(),
             Intake {
                 message: Arc::new(message),
-                order: OrderKey::Publisher(n % KEYS),
+                order: OrderKey::Publisher(key),
                 confirm: true,
                 deadline: self.now + Duration::from_secs(30),
                 marks: Marks::default(),
@@ -346,6 +361,17 @@ impl Sim {
                     }
                 }
             }
+            98 if faults => {
+                let before = self.machine.state();
+                let hold = match self.rng.u32(..4) {
+                    0 => Hold::Drain,
+                    1 => Hold::Everything,
+                    _ => Hold::Nothing,
+                };
+                let rate = if self.rng.bool() { 0 } else { 200 };
+                self.states.insert((before, "operator"));
+                self.machine.control(self.now(), Controls { hold, rate });
+            }
             _ => {}
         }
         self.act();
@@ -370,6 +396,8 @@ impl Sim {
     fn heal(&mut self) {
         self.broker.stalled = false;
         self.broker.overloaded = false;
+        self.machine.control(self.now(), Controls::default());
+        self.act();
         if !self.broker.up {
             self.broker.up = true;
             self.machine.broker_back(self.now());
@@ -628,4 +656,220 @@ fn a_refusal_never_fails_over() {
     assert!(sim.answers[&0].as_ref().unwrap_err().is_refusal());
     assert_eq!(sim.machine.state(), LaneState::Primary);
     assert!(sim.machine.spool().is_empty());
+}
+
+/// A lane that spooled `n` messages of one key while its broker was away.
+fn away_with(n: usize) -> Sim {
+    let mut sim = Sim::new(1, false);
+    sim.machine.broker_away(sim.now());
+    for number in 0..n as u64 {
+        sim.publish_numbered(number, 0);
+    }
+    sim.act();
+    assert_eq!(sim.machine.spool().len(), n);
+    sim
+}
+
+/// The broker is back, and a lane to it is open.
+fn back(sim: &mut Sim) {
+    sim.machine.broker_back(sim.now());
+    sim.act();
+    sim.lane_open = true;
+    sim.open_wanted = false;
+    sim.machine.opened(sim.now());
+    sim.act();
+}
+
+fn confirm_all(sim: &mut Sim) {
+    let n = sim.broker.written.len();
+    sim.store(n);
+    while let Some(token) = sim.broker.confirming.pop_front() {
+        sim.machine
+            .confirmed(sim.now(), token, Fate::Confirmed(None));
+        sim.act();
+    }
+}
+
+fn stored(sim: &Sim) -> Vec<&str> {
+    sim.broker
+        .stored
+        .iter()
+        .map(|(id, ..)| id.as_str())
+        .collect()
+}
+
+#[test]
+fn a_paused_drain_keeps_the_order_of_keys_and_lets_other_keys_pass() {
+    let mut sim = away_with(2);
+    sim.machine.pause_drain(sim.now());
+    back(&mut sim);
+    assert_eq!(sim.machine.state(), LaneState::Draining);
+    assert!(sim.broker.written.is_empty(), "it drained though paused");
+    // The same key goes behind what is spooled, another one to the primary.
+    sim.publish_numbered(2, 0);
+    sim.publish_numbered(3, 1);
+    sim.act();
+    assert_eq!(
+        sim.answers[&2].as_ref().ok(),
+        Some(&Outcome::Spooled { durable: false })
+    );
+    confirm_all(&mut sim);
+    assert_eq!(stored(&sim), ["m3"]);
+    assert!(
+        !sim.machine.is_draining(),
+        "a pause must not hold a close up"
+    );
+    sim.machine.resume_drain(sim.now());
+    sim.act();
+    confirm_all(&mut sim);
+    assert_eq!(stored(&sim), ["m3", "m0", "m1", "m2"]);
+    assert_eq!(sim.machine.state(), LaneState::Primary);
+    let same = (LaneState::Draining, LaneState::Draining);
+    assert!(sim.changes.contains(&same), "the word was not announced");
+}
+
+#[test]
+fn publishers_are_not_slowed_for_a_drain_that_an_operator_paused() {
+    let mut sim = away_with(1);
+    sim.machine.pause_drain(sim.now());
+    back(&mut sim);
+    // Far more than the intake that a drain begins with.
+    for n in 1..7_000 {
+        sim.publish_numbered(n, 0);
+        sim.act();
+        assert!(sim.answers[&n].is_ok(), "publish {n} was held back");
+    }
+    assert_eq!(sim.machine.spool().len(), 7_000);
+}
+
+#[test]
+fn a_limit_spreads_the_drain_over_time() {
+    let mut sim = away_with(50);
+    sim.machine.limit_drain(sim.now(), 10);
+    back(&mut sim);
+    let begin = sim.now;
+    confirm_all(&mut sim);
+    assert_eq!(stored(&sim).len(), 1);
+    while sim.machine.state() != LaneState::Primary {
+        let deadline = sim.machine.next_deadline(sim.now()).unwrap();
+        assert!(deadline > sim.now, "it would be asked for ever");
+        sim.wall += i64::try_from((deadline - sim.now).as_millis()).unwrap();
+        sim.now = deadline;
+        sim.machine.tick(sim.now());
+        sim.act();
+        confirm_all(&mut sim);
+    }
+    let took = sim.now - begin;
+    assert_eq!(took, Duration::from_millis(4_900));
+    assert_eq!(stored(&sim).len(), 50);
+}
+
+#[test]
+fn lifting_a_limit_lets_the_rest_go_at_once_and_closing_lifts_it() {
+    for close in [false, true] {
+        let mut sim = away_with(8);
+        sim.machine.limit_drain(sim.now(), 1);
+        back(&mut sim);
+        confirm_all(&mut sim);
+        assert_eq!(stored(&sim).len(), 1);
+        if close {
+            sim.machine.close(sim.now());
+        } else {
+            sim.machine.limit_drain(sim.now(), 0);
+        }
+        sim.act();
+        confirm_all(&mut sim);
+        assert_eq!(stored(&sim).len(), 8, "closing: {close}");
+    }
+}
+
+#[test]
+fn a_lane_degraded_by_force_spools_everything_until_it_is_released() {
+    let mut sim = Sim::new(1, false);
+    back(&mut sim);
+    sim.publish_numbered(0, 0);
+    sim.act();
+    sim.machine.force_degraded(sim.now());
+    sim.act();
+    assert_eq!(sim.machine.state(), LaneState::Degraded);
+    sim.publish_numbered(1, 0);
+    sim.publish_numbered(2, 1);
+    sim.act();
+    assert_eq!(sim.broker.written.len(), 1, "only what was in flight");
+    // What was in flight is delivered as its confirm comes.
+    confirm_all(&mut sim);
+    assert!(matches!(sim.answers[&0], Ok(Outcome::Delivered { .. })));
+    // A broker that goes and comes meanwhile changes nothing.
+    sim.machine.ended(sim.now(), "crash");
+    sim.act();
+    assert!(!sim.open_wanted, "no lane is opened that may not write");
+    sim.lane_open = false;
+    sim.machine.broker_back(sim.now());
+    sim.act();
+    assert_eq!(sim.machine.state(), LaneState::Degraded);
+    sim.machine.release_lane(sim.now());
+    sim.act();
+    assert!(sim.open_wanted);
+    back(&mut sim);
+    confirm_all(&mut sim);
+    assert_eq!(stored(&sim), ["m0", "m1", "m2"]);
+    assert_eq!(sim.machine.state(), LaneState::Primary);
+}
+
+#[test]
+fn what_is_in_flight_of_a_lane_degraded_by_force_is_answered_at_the_hedge() {
+    let mut sim = Sim::new(1, false);
+    back(&mut sim);
+    sim.publish_numbered(0, 0);
+    sim.act();
+    sim.machine.force_degraded(sim.now());
+    sim.act();
+    let deadline = sim.machine.next_deadline(sim.now()).unwrap();
+    assert_eq!(deadline - sim.now, Duration::from_secs(1));
+    sim.now = deadline;
+    sim.machine.tick(sim.now());
+    sim.act();
+    assert!(sim.answers[&0].is_ok());
+    assert_eq!(sim.machine.state(), LaneState::Suspect);
+    // The confirm drops the copy, and the lane is degraded as before.
+    confirm_all(&mut sim);
+    assert_eq!(sim.machine.state(), LaneState::Degraded);
+    assert!(sim.machine.spool().is_empty());
+    sim.machine.release_lane(sim.now());
+    sim.act();
+    assert_eq!(sim.machine.state(), LaneState::Primary);
+}
+
+#[test]
+fn a_lane_made_under_a_word_obeys_it_from_the_beginning() {
+    let mut sim = Sim::new(1, false);
+    let wanted = Controls {
+        hold: Hold::Everything,
+        rate: 5,
+    };
+    sim.machine.control(sim.now(), wanted);
+    sim.machine.broker_back(sim.now());
+    sim.publish_numbered(0, 0);
+    sim.act();
+    assert!(!sim.open_wanted);
+    assert!(sim.answers[&0].is_ok());
+    assert_eq!(sim.machine.limit(), 5);
+    assert!(sim.machine.is_paused() && sim.machine.is_forced());
+}
+
+#[test]
+fn without_a_spool_nothing_is_degraded_by_force() {
+    let budget = Arc::new(Budget::new(2, 1 << 20));
+    let mut sim = Sim::new(1, false);
+    sim.machine = Machine::new(Settings {
+        spool: false,
+        ..settings(&budget, false)
+    });
+    sim.lane_open = true;
+    sim.machine.opened(sim.now());
+    sim.machine.force_degraded(sim.now());
+    sim.publish();
+    sim.act();
+    assert!(!sim.machine.is_forced());
+    assert_eq!(sim.broker.written.len(), 1);
 }

@@ -292,6 +292,10 @@ impl Spool {
         self.in_doubt
     }
 
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
     pub(crate) fn leased(&self) -> usize {
         self.leased
     }
@@ -320,6 +324,16 @@ impl Spool {
 
     pub(crate) fn get(&self, seq: Seq) -> Option<&Entry> {
         self.entries.get(&seq).map(|(e, _)| e)
+    }
+
+    /// Entries of the tail from a place on, in publish order.
+    pub(crate) fn tail_from(&self, seq: Seq) -> impl Iterator<Item = Seq> {
+        self.tail.keys_from(seq)
+    }
+
+    /// Entries that are here, from a place on, in publish order.
+    pub(crate) fn head_from(&self, seq: Seq) -> impl Iterator<Item = (Seq, &Entry, Status)> {
+        self.entries.range(seq..).map(|(s, (e, st))| (*s, e, *st))
     }
 
     /// Adds an entry at its place in the publish order.
@@ -496,10 +510,10 @@ impl Spool {
                 self.by_priority.remove(&(u8::MAX - priority, seq));
             }
         }
-        if status != Status::InFlight {
-            if let Some(count) = self.fence.get_mut(slot) {
-                *count -= 1;
-            }
+        if status != Status::InFlight
+            && let Some(count) = self.fence.get_mut(slot)
+        {
+            *count -= 1;
         }
     }
 }

@@ -91,6 +91,18 @@ impl Runs {
         Some(value + at)
     }
 
+    /// Keys from one on, in order.
+    pub(crate) fn keys_from(&self, key: u64) -> impl Iterator<Item = u64> {
+        // The run that the key is in begins before it.
+        let begin = match self.runs.range(..=key).next_back() {
+            Some((start, _)) => *start,
+            None => key,
+        };
+        self.runs
+            .range(begin..)
+            .flat_map(move |(start, (_, n))| key.max(*start)..start + n)
+    }
+
     /// The first keys, at most `count`.
     pub(crate) fn first_keys(&self, count: usize) -> Vec<u64> {
         let keys = self
@@ -130,6 +142,9 @@ mod tests {
                 assert_eq!(runs.first(), first, "seed {seed}");
                 assert_eq!(runs.last_key(), model.last_key_value().map(|(k, _)| *k));
                 assert!(runs.first_keys(7).iter().eq(model.keys().take(7)));
+                let from = rng.u64(0..62);
+                let keys = model.range(from..).map(|(k, _)| *k);
+                assert!(runs.keys_from(from).eq(keys), "seed {seed}, from {from}");
             }
             for key in 0..60 {
                 assert_eq!(runs.get(key), model.get(&key).copied(), "seed {seed}");
