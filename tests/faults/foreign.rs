@@ -136,31 +136,35 @@ impl Shared {
         }
     }
 
-    /// Ok: ended in good order.
-    async fn read_queue(&self) -> Result<(), lapin::Error> {
-        let From::Queue { url, queue } = &self.from else {
-            return Ok(());
-        };
-        let properties = lapin::ConnectionProperties::default();
-        let connecting = lapin::Connection::connect(url, properties);
-        let Ok(connection) = tokio::time::timeout(OPEN, connecting).await else {
-            return Err(
-                lapin::ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed).into(),
-            );
-        };
-        let connection = connection?;
+    /// A connection that broke may leave a call of the client waiting for ever,
+    /// so each has its time.
+    async fn consume(
+        url: &str,
+        queue: &str,
+    ) -> Result<(lapin::Connection, lapin::Channel, lapin::Consumer), lapin::Error> {
+        let connection =
+            lapin::Connection::connect(url, lapin::ConnectionProperties::default()).await?;
         let channel = connection.create_channel().await?;
         channel
             .basic_qos(PREFETCH, BasicQosOptions::default())
             .await?;
-        let mut consumer = channel
+        let consumer = channel
             .basic_consume(
-                queue.as_str().into(),
+                queue.into(),
                 "foreign".into(),
                 BasicConsumeOptions::default(),
                 FieldTable::default(),
             )
             .await?;
+        Ok((connection, channel, consumer))
+    }
+
+    /// Ok: ended in good order.
+    async fn read_queue(&self) -> Result<(), lapin::Error> {
+        let From::Queue { url, queue } = &self.from else {
+            return Ok(());
+        };
+        let (connection, channel, mut consumer) = within(Self::consume(url, queue)).await?;
         let mut silent = 0;
         loop {
             if self.die.load(Ordering::SeqCst) {
@@ -170,10 +174,9 @@ impl Shared {
                 .into());
             }
             if self.stop.load(Ordering::SeqCst) {
-                channel
-                    .basic_cancel("foreign".into(), BasicCancelOptions::default())
-                    .await?;
-                connection.close(200, "done".into()).await?;
+                let cancel = channel.basic_cancel("foreign".into(), BasicCancelOptions::default());
+                within(cancel).await?;
+                within(connection.close(200, "done".into())).await?;
                 return Ok(());
             }
             match tokio::time::timeout(LOOK, consumer.next()).await {
@@ -200,7 +203,7 @@ impl Shared {
                             life: 0,
                         },
                     );
-                    delivery.ack(BasicAckOptions::default()).await?;
+                    within(delivery.ack(BasicAckOptions::default())).await?;
                 }
                 Ok(None) => {
                     return Err(lapin::ErrorKind::InvalidConnectionState(
@@ -340,6 +343,19 @@ impl Shared {
                     .is_ok_and(|(_, high)| high == *offset)
             })
     }
+}
+
+async fn within<T>(
+    call: impl std::future::Future<Output = Result<T, lapin::Error>>,
+) -> Result<T, lapin::Error> {
+    match tokio::time::timeout(OPEN, call).await {
+        Ok(answer) => answer,
+        Err(_) => Err(gone()),
+    }
+}
+
+fn gone() -> lapin::Error {
+    lapin::ErrorKind::InvalidConnectionState(lapin::ConnectionState::Closed).into()
 }
 
 const PREFETCH: u16 = 200;
