@@ -168,10 +168,7 @@ impl Shared {
         let mut silent = 0;
         loop {
             if self.die.load(Ordering::SeqCst) {
-                return Err(lapin::ErrorKind::InvalidConnectionState(
-                    lapin::ConnectionState::Closed,
-                )
-                .into());
+                return Err(gone());
             }
             if self.stop.load(Ordering::SeqCst) {
                 let cancel = channel.basic_cancel("foreign".into(), BasicCancelOptions::default());
@@ -206,10 +203,7 @@ impl Shared {
                     within(delivery.ack(BasicAckOptions::default())).await?;
                 }
                 Ok(None) => {
-                    return Err(lapin::ErrorKind::InvalidConnectionState(
-                        lapin::ConnectionState::Closed,
-                    )
-                    .into());
+                    return Err(gone());
                 }
                 // Nothing came: is there nothing? A link that is dead does not
                 // answer that either.
