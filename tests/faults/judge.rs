@@ -330,8 +330,13 @@ fn reordered(cell: Cell, book: &Book, foreign: &[Arrival], through: &[Arrival]) 
         Mode::Events => found.extend(out_of_order(book, THROUGH, through.iter())),
         Mode::Local => {
             let reached: HashSet<&str> = foreign.iter().map(|a| a.id.as_str()).collect();
-            let local = through.iter().filter(|a| !reached.contains(a.id.as_str()));
-            found.extend(out_of_order(book, "the spool", local));
+            // What a hub had handed out when it died comes again from the next.
+            for life in through.iter().map(|a| a.life).collect::<BTreeSet<u32>>() {
+                let local = through
+                    .iter()
+                    .filter(|a| a.life == life && !a.marked && !reached.contains(a.id.as_str()));
+                found.extend(out_of_order(book, "the spool", local));
+            }
         }
         Mode::Hold => {}
     }

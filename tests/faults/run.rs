@@ -52,7 +52,6 @@ pub async fn cell(
         (Target::Hub, Fault::FullDisk) => Some(SmallDisk::mount(&folder.join("data"))?),
         _ => None,
     };
-    let events = cell.mode == Mode::Events;
     let book = Arc::new(Book::new(&topic));
     let hub = Hub::start(folder).await;
     wait::until(START, "the hub is connected", async || {
@@ -70,7 +69,7 @@ pub async fn cell(
         }
         Node::Kafka(node) => Foreign::of_topic(&book, node.bootstrap().to_owned()),
     };
-    let through = Through::start(&book, &hub.reader_url(), hub.life(), events);
+    let through = Through::start(&book, &hub.reader_url(), hub.life(), cell.mode);
     let load = Load::start(&book, &hub.url());
     let hiccups = Hiccups::start(folder);
     let mut run = Run {

@@ -13,17 +13,18 @@ use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 
 use crate::book::{Arrival, Book, Reader, hash};
+use crate::cell::Mode;
 
 /// One reader through the hub.
 pub struct Through {
     shared: Arc<Shared>,
     stop: watch::Sender<bool>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
-    events: bool,
+    mode: Mode,
 }
 
 impl Through {
-    pub fn start(book: &Arc<Book>, url: &str, life: Arc<AtomicU32>, events: bool) -> Self {
+    pub fn start(book: &Arc<Book>, url: &str, life: Arc<AtomicU32>, mode: Mode) -> Self {
         let shared = Arc::new(Shared {
             book: book.clone(),
             url: url.to_owned(),
@@ -31,12 +32,12 @@ impl Through {
             empty: AtomicU64::new(0),
         });
         let (stop, stopped) = watch::channel(false);
-        let tasks = Mutex::new(begin(&shared, &stopped, events));
+        let tasks = Mutex::new(begin(&shared, &stopped, mode));
         Self {
             shared,
             stop,
             tasks,
-            events,
+            mode,
         }
     }
 
@@ -62,7 +63,7 @@ impl Through {
     }
 
     pub async fn start_again(&self) {
-        *self.tasks.lock().await = begin(&self.shared, &self.stop.subscribe(), self.events);
+        *self.tasks.lock().await = begin(&self.shared, &self.stop.subscribe(), self.mode);
     }
 }
 
@@ -82,13 +83,11 @@ struct Shared {
     empty: AtomicU64,
 }
 
-/// Leases are taken by some workers at once; a stream is read by one.
-fn begin(
-    shared: &Arc<Shared>,
-    stopped: &watch::Receiver<bool>,
-    events: bool,
-) -> Vec<JoinHandle<()>> {
-    let workers = if events { 1 } else { WORKERS };
+/// Leases are taken by some workers at once, but under `local` by one, so that
+/// the order in which the spool hands out can be seen; a stream is read by one.
+fn begin(shared: &Arc<Shared>, stopped: &watch::Receiver<bool>, mode: Mode) -> Vec<JoinHandle<()>> {
+    let workers = if mode == Mode::Hold { WORKERS } else { 1 };
+    let events = mode == Mode::Events;
     (0..workers)
         .map(|_| tokio::spawn(work(shared.clone(), stopped.clone(), events)))
         .collect()
