@@ -125,7 +125,8 @@ impl Shared {
     async fn read_queues(&self) {
         while !self.over() {
             let before = self.book.arrived(Reader::Foreign);
-            if self.read_queue().await.is_err() {
+            if let Err(error) = self.read_queue().await {
+                println!("  the foreign reader begins again: {error}");
                 // A link that was lost, or a process that was: acks have no
                 // confirms, so as much as may be unsettled may come again.
                 let new = self.book.arrived(Reader::Foreign) - before;

@@ -190,6 +190,10 @@ impl Run<'_> {
     /// An outage that fills the spool, and its end.
     async fn make_a_drain(&mut self) {
         let wanted = self.random.u64(1_500..2_500);
+        if self.cell.mode == Mode::Local {
+            // A local reader would empty the spool while it fills.
+            self.through.end().await;
+        }
         self.site.link.cut().await;
         self.facts.lost_a_connection(Instant::now());
         wait::until(LONG, "messages in the spool", async || {
@@ -223,6 +227,9 @@ impl Run<'_> {
             tokio::time::sleep(Duration::from_millis(3)).await;
         };
         self.site.link.set_rate(None);
+        if self.cell.mode == Mode::Local {
+            self.through.start_again().await;
+        }
         found
     }
 
