@@ -166,7 +166,7 @@ impl Shared {
             return Ok(());
         };
         let (connection, channel, mut consumer) = within(Self::consume(url, queue)).await?;
-        let mut silent = 0;
+        let (mut silent, mut unheard) = (0, 0);
         loop {
             if self.die.load(Ordering::SeqCst) {
                 return Err(gone());
@@ -179,7 +179,7 @@ impl Shared {
             }
             match tokio::time::timeout(LOOK, consumer.next()).await {
                 Ok(Some(delivery)) => {
-                    silent = 0;
+                    (silent, unheard) = (0, 0);
                     let delivery = delivery?;
                     let properties = &delivery.properties;
                     let headers = properties.headers().as_ref();
@@ -220,6 +220,7 @@ impl Shared {
                     );
                     match tokio::time::timeout(LOOK * 10, asked).await {
                         Ok(answer) => {
+                            unheard = 0;
                             let empty = answer?.message_count() == 0;
                             silent = if empty { silent + 1 } else { 0 };
                             // What was on its way at the first look has come by the second.
@@ -227,7 +228,13 @@ impl Shared {
                                 self.ends.fetch_add(1, Ordering::SeqCst);
                             }
                         }
-                        Err(_) => silent = 0,
+                        Err(_) => {
+                            silent = 0;
+                            unheard += 1;
+                            if unheard > UNHEARD {
+                                return Err(gone());
+                            }
+                        }
                     }
                 }
             }
@@ -356,6 +363,8 @@ fn gone() -> lapin::Error {
 const PREFETCH: u16 = 200;
 /// Records between two commits.
 const COMMIT: u64 = 500;
+/// Questions of a second each that get no answer, before a link counts as dead.
+const UNHEARD: u32 = 5;
 const LOOK: Duration = Duration::from_millis(100);
 const OPEN: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(50);
