@@ -488,6 +488,7 @@ const THREE_MBIT: u64 = 3_000_000 / 8;
 const NARROW: u64 = 1_500_000;
 const START: Duration = Duration::from_secs(60);
 const LONG: Duration = Duration::from_secs(90);
-/// A reader that gets nothing for this long gets no more; leases of a reader
-/// that died come back sooner.
-const QUIET: Duration = Duration::from_secs(20);
+/// A reader that gets nothing for this long gets no more. Leases of a reader
+/// that died come back sooner; a group at Kafka may need half a minute after
+/// its coordinator was stopped.
+const QUIET: Duration = Duration::from_secs(60);
