@@ -74,7 +74,7 @@ pub async fn cell(
     let hiccups = Hiccups::start(folder);
     let mut run = Run {
         cell,
-        site,
+        site: &mut *site,
         hub,
         disk,
         load,
@@ -102,8 +102,19 @@ pub async fn cell(
     facts.repeatable = foreign.repeatable();
     let status = hub.stop().await;
     facts.stopped(status);
-    let row = judge::judge(cell, seed, &book, &facts, &hiccups, began);
+    let mut row = judge::judge(cell, seed, &book, &facts, &hiccups, began);
     hiccups.stop().await;
+    if row.lost > 0
+        && let Node::Rabbit(node) = &site.node
+    {
+        // Lost for good, or held back by the hub until it ended?
+        let queues = node.ctl(&["list_queues", "name", "messages"]).await;
+        let own = queues.lines().filter(|line| line.contains(&topic));
+        row.why.push(format!(
+            "in the queues after the hub's end: {}",
+            own.collect::<Vec<_>>().join(", ")
+        ));
+    }
     Ok(row)
 }
 

@@ -247,8 +247,10 @@ impl Shared {
 }
 
 const WORKERS: u64 = 3;
-/// Deliveries of one lease at most.
-const LEASE_OF: u64 = 300;
+/// Deliveries of one lease at most: so few that a queue with a backlog fills it.
+/// What a lease had sent and did not take is given back, and a quorum queue of
+/// RabbitMQ 4 drops, or dead-letters, what was given back 20 times.
+const LEASE_OF: u64 = 50;
 /// What may be unsettled at once.
 pub const LEASED: u64 = WORKERS * LEASE_OF;
 /// A reader that died gives its leases back after this.
