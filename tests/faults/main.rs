@@ -153,7 +153,10 @@ async fn one(
     let run = run::cell(cell, site, seed, folder.path(), paused_for);
     let limited = tokio::time::timeout(LONGEST, run);
     let passed = match AssertUnwindSafe(limited).catch_unwind().await {
-        Ok(Ok(Ok(row))) => {
+        Ok(Ok(Ok(mut row))) => {
+            if let Some(lasting) = paused_for {
+                row.cell = format!("{cell} for {} s", lasting.as_secs());
+            }
             let passed = row.passed;
             table.add(row);
             passed
