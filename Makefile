@@ -27,7 +27,7 @@ lint: build-tools
 	cargo fmt --all -- --check
 	cargo clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
-	@if command -v shellcheck >/dev/null; then shellcheck -x -P SCRIPTDIR -S warning scripts/brokers scripts/test-ca scripts/check-compose scripts/build-tools scripts/run-tests .ci/run; \
+	@if command -v shellcheck >/dev/null; then shellcheck -x -P SCRIPTDIR -S warning scripts/brokers scripts/test-ca scripts/check-compose scripts/build-tools scripts/run-tests scripts/check-foreign scripts/check-bad-input scripts/check-failover .ci/run; \
 	else echo "lint: shellcheck is not installed, the scripts were not checked"; fi
 	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check; \
 	else echo "lint: cargo-deny is not installed, licences and advisories were not checked (make deny)"; fi
@@ -53,18 +53,20 @@ test-infra-start:
 test-infra-stop:
 	@for kind in rabbitmq-3.10 rabbitmq-4 kafka-4; do scripts/brokers remove $(INFRA_RUN)/$$kind; done
 
-## make test-faults        the live fault tests alone: servers killed, paused, cut off
+## make test-faults        the tests named after faults, and the live failover runs
 test-faults: build-tools
 	@scripts/brokers install all
 	MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --test 'fault*' -- --nocapture
+	MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --lib --test rabbitmq --test kafka --test embedded fault_ -- --nocapture
 
 ## make bench              confirmed publishing side by side with the bare clients
 bench: build-tools
 	@scripts/brokers install all
 	cargo bench --locked --bench confirmed_publish
 
-## make challenges         the hub tried from outside, by clients and input not ours
+## make challenges         the hub tried from outside: foreign clients, bad input, killed brokers
 challenges: build-tools
 	@scripts/brokers install all
 	scripts/check-foreign
 	scripts/check-bad-input
+	scripts/check-failover

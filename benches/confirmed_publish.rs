@@ -95,7 +95,11 @@ async fn main() -> Result<()> {
 
 /// Which side runs first: A B, B A, A B, ...
 fn in_turn(pair: usize) -> [usize; 2] {
-    if pair % 2 == 0 { [0, 1] } else { [1, 0] }
+    if pair.is_multiple_of(2) {
+        [0, 1]
+    } else {
+        [1, 0]
+    }
 }
 
 /// How many messages take about [`RUN`] at this rate.

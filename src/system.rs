@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    adapter::embedded::{EmbeddedBroker, EmbeddedConfig},
+    adapter::embedded::{EmbeddedBroker, EmbeddedConfig, JournalConfig},
     broker::MessageBroker,
     config::MessagingConfig,
     error::{Error, ErrorCode, Result},
@@ -209,6 +209,7 @@ impl MessagingSystem {
     fn embedded(&self) -> EmbeddedConfig {
         EmbeddedConfig {
             auto_declare: self.config.hub.auto_declare.unwrap_or(true),
+            journal: self.config.journal_dir().map(JournalConfig::at),
             ..EmbeddedConfig::default()
         }
     }

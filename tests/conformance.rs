@@ -15,9 +15,11 @@ mod support;
 #[path = "conformance/live.rs"]
 mod live;
 
-use std::{io::Write as _, sync::Arc};
+use std::{io::Write as _, path::Path, sync::Arc};
 
 use futures_util::future::join_all;
+#[cfg(feature = "journal")]
+use messaging_hub::conformance::killed::KilledEmbedded;
 use messaging_hub::{
     broker::MessageBroker,
     conformance::{
@@ -42,10 +44,12 @@ async fn every_broker_conforms() {
     let checks = std::env::var("CONFORMANCE_CHECKS").unwrap_or_default();
     let filter = Filter::containing(&checks);
 
-    let mut reports = over_all(&wanted, &filter, Phase::Together).await;
+    let folder = tempfile::tempdir().expect("a folder for journals");
+    let folder = folder.path();
+    let mut reports = over_all(&wanted, &filter, Phase::Together, folder).await;
     // On servers of their own: one that recovers the leavings of all the other
     // checks takes long to come back, each time.
-    let killed = over_all(&wanted, &filter, Phase::Kills).await;
+    let killed = over_all(&wanted, &filter, Phase::Kills, folder).await;
     for (report, killed) in reports.iter_mut().zip(killed) {
         *report = std::mem::take(report).with(killed);
     }
@@ -71,9 +75,14 @@ enum Phase {
 }
 
 /// One report for each wanted backend, in the order of the table.
-async fn over_all(wanted: &impl Fn(&str) -> bool, filter: &Filter, phase: Phase) -> Vec<Report> {
+async fn over_all(
+    wanted: &impl Fn(&str) -> bool,
+    filter: &Filter,
+    phase: Phase,
+    folder: &Path,
+) -> Vec<Report> {
     let at_once = Arc::new(Semaphore::new(AT_ONCE));
-    let servers = backends(wanted).await;
+    let servers = backends(wanted, phase, folder).await;
     let running = servers
         .into_iter()
         .map(|neighbours| over(neighbours, filter, phase, &at_once));
@@ -102,11 +111,24 @@ async fn over(
 }
 
 /// The backends that are wanted and can be had here.
-async fn backends(wanted: &impl Fn(&str) -> bool) -> Vec<Neighbours> {
+async fn backends(wanted: &impl Fn(&str) -> bool, phase: Phase, folder: &Path) -> Vec<Neighbours> {
     let mut all: Vec<Neighbours> = Vec::new();
     if wanted("embedded") {
         all.push(vec![Arc::new(EmbeddedFactory::new())]);
     }
+    #[cfg(feature = "journal")]
+    if wanted(EmbeddedFactory::ON_DISK) {
+        let dir = folder.join(match phase {
+            Phase::Together => "together",
+            Phase::Kills => "kills",
+        });
+        all.push(vec![match phase {
+            Phase::Together => Arc::new(EmbeddedFactory::on_disk(dir)),
+            Phase::Kills => Arc::new(KilledEmbedded::start(dir).await.expect("a journal")),
+        }]);
+    }
+    #[cfg(not(feature = "journal"))]
+    let _ = (phase, folder);
     if wanted(HUB_OVER_EMBEDDED) {
         all.push(vec![Arc::new(hub_over_embedded())]);
     }

@@ -324,7 +324,7 @@ async fn fault_03_other_arguments_are_drift_and_cost_no_publisher_its_channel() 
 }
 
 #[tokio::test]
-async fn faults_04_and_13_both_subscribers_of_a_queue_outlive_a_killed_server() {
+async fn fault_04_fault_13_both_subscribers_of_a_queue_outlive_a_killed_server() {
     let mut rabbit = need!(Rabbit::start(RabbitVersion::V3_10).await);
     let broker = connected(config(rabbit.url()), Topology::default()).await;
     let queue = Topic::new(unique("survivor")).unwrap();
@@ -369,7 +369,32 @@ async fn faults_04_and_13_both_subscribers_of_a_queue_outlive_a_killed_server() 
 }
 
 #[tokio::test]
-async fn faults_05_and_06_a_failed_message_comes_back_counted_and_ends_in_the_dead_letters() {
+async fn fault_12_health_does_not_trust_a_connection_that_is_silent() {
+    let rabbit = need!(shared_rabbit(RabbitVersion::V3_10).await);
+    let proxy = TcpProxy::to_port(rabbit.port()).await.unwrap();
+    let short = RabbitMqConfig {
+        heartbeat: Duration::from_secs(30),
+        connection_timeout: Duration::from_secs(1),
+        ..config(&rabbit.url_via(proxy.port()))
+    };
+    let broker = connected(short, Topology::default()).await;
+    broker.health_check().await.unwrap();
+    // No heartbeat is missed yet, so the connection looks well: it is asked.
+    proxy.half_open();
+    let asked = wait::within(SOON, "an answer", broker.health_check()).await;
+    assert!(asked.is_err());
+    proxy.cut().await;
+    up(&broker, false).await;
+    let asked = wait::within(SOON, "an answer", broker.health_check()).await;
+    assert_eq!(asked.unwrap_err().code(), ErrorCode::ConnectionFailed);
+    proxy.heal().await;
+    up(&broker, true).await;
+    broker.health_check().await.unwrap();
+    broker.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn fault_05_fault_06_a_failed_message_comes_back_counted_and_ends_in_the_dead_letters() {
     for version in RabbitVersion::ALL {
         let rabbit = need!(shared_rabbit(version).await);
         let retry = unique("retry");
@@ -465,6 +490,29 @@ async fn fault_11_a_batch_has_one_outcome_each_also_behind_a_refused_message() {
     }
     assert_eq!(fates.len(), 100);
     assert_eq!(depth(&broker, &queue).await, 98);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn fault_16_two_thousand_messages_have_two_thousand_ids() {
+    let rabbit = need!(shared_rabbit(RabbitVersion::V3_10).await);
+    let broker = connected(config(rabbit.url()), Topology::default()).await;
+    let queue = queue(&broker, &unique("ids")).await;
+    let messages = (0..2000).map(|_| Message::new("test", "x")).collect();
+    all_confirmed(&publish_all(&broker, &queue, messages).await);
+    let options = SubscribeOptions::default().with_prefetch(500);
+    let mut consumer = broker.consume(&of(&queue), &options).await.unwrap();
+    let mut ids = std::collections::HashSet::new();
+    while ids.len() < 2000 {
+        for delivery in receive(&mut consumer, 1).await {
+            assert!(
+                ids.insert(delivery.id.clone()),
+                "{} came twice",
+                delivery.id
+            );
+            assert!(delivery.settle_now(Verdict::Ack));
+        }
+    }
     broker.close().await.unwrap();
 }
 

@@ -77,7 +77,7 @@ impl RawKafka {
             let before = counter.done.load(Relaxed);
             for n in 0..count {
                 while n - (counter.done.load(Relaxed) - before) >= window {
-                    std::thread::sleep(PAUSE);
+                    rest();
                 }
                 send(&producer, topic, n)?;
             }
@@ -112,11 +112,19 @@ fn send(producer: &ThreadedProducer<Delivered>, topic: &str, n: usize) -> Result
             Ok(()) => return Ok(()),
             Err((e, back)) if e.rdkafka_error_code() == Some(RDKafkaErrorCode::QueueFull) => {
                 record = back;
-                std::thread::sleep(PAUSE);
+                rest();
             }
             Err((e, _)) => return Err(e.into()),
         }
     }
+}
+
+#[allow(
+    clippy::disallowed_methods,
+    reason = "a thread of its own, and a wake-up for each delivery would slow the bare client down"
+)]
+fn rest() {
+    std::thread::sleep(PAUSE);
 }
 
 /// How long the producer rests when its window is full.

@@ -17,35 +17,53 @@ use crate::{
     topology::{QueueSpec, TopicSpec, Topology},
 };
 
-/// The embedded broker in memory. A closed one has lost everything, so a new
-/// client is a new broker and nothing that outlives a client is declared.
+/// The embedded broker in memory, or on its journal. A client is the broker
+/// itself; what was in memory a closed one has lost, so nothing that outlives a
+/// client is declared there.
 #[derive(Debug, Default)]
 pub struct EmbeddedFactory {
     current: Mutex<Option<Arc<EmbeddedBroker>>>,
+    #[cfg(feature = "journal")]
+    journal: Option<std::path::PathBuf>,
 }
 
 impl EmbeddedFactory {
-    /// A factory.
+    /// In memory.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The name of the backend on its journal.
+    #[cfg(feature = "journal")]
+    pub const ON_DISK: &str = "embedded journal";
+
+    /// On a journal in a folder.
+    #[cfg(feature = "journal")]
+    pub fn on_disk(dir: impl Into<std::path::PathBuf>) -> Self {
+        Self {
+            current: Mutex::default(),
+            journal: Some(dir.into()),
+        }
     }
 
     /// The broker, a new one where the last was closed.
     #[must_use]
     pub fn broker(&self) -> Arc<EmbeddedBroker> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that is about to connect has no reason not to be connected.
         if let Some(broker) = &*current
-            && broker.is_connected()
+            && (broker.is_connected() || broker.connection().borrow().reason.is_none())
         {
             return broker.clone();
         }
-        let config = EmbeddedConfig {
-            // A name that nobody declared must be refused.
-            auto_declare: false,
-            ..EmbeddedConfig::default()
+        #[cfg(feature = "journal")]
+        let broker = match &self.journal {
+            Some(dir) => on_disk(dir),
+            None => EmbeddedBroker::new(config(), Arc::new(topology())),
         };
-        let broker = EmbeddedBroker::new(config, Arc::new(topology()));
+        #[cfg(not(feature = "journal"))]
+        let broker = EmbeddedBroker::new(config(), Arc::new(topology()));
         *current = Some(broker.clone());
         broker
     }
@@ -54,12 +72,16 @@ impl EmbeddedFactory {
 #[async_trait]
 impl Factory for EmbeddedFactory {
     fn name(&self) -> String {
+        #[cfg(feature = "journal")]
+        if self.journal.is_some() {
+            return Self::ON_DISK.to_owned();
+        }
         "embedded memory".to_owned()
     }
 
     fn capabilities(&self) -> Capabilities {
         use Capability as C;
-        Capabilities::from([
+        let all = [
             C::Queues,
             C::Streams,
             C::Priority,
@@ -86,7 +108,16 @@ impl Factory for EmbeddedFactory {
             C::Unconfirmed,
             C::TopicMetadata,
             C::BoundedPrefetch,
-        ])
+        ];
+        #[cfg(feature = "journal")]
+        if self.journal.is_some() {
+            return all.into_iter().chain([C::OutlivesClient]).collect();
+        }
+        Capabilities::from(all)
+    }
+
+    fn one_client(&self) -> bool {
+        true
     }
 
     async fn connect(&self) -> Result<Arc<dyn Target>> {
@@ -110,6 +141,27 @@ impl Factory for EmbeddedFactory {
     }
 }
 
+/// The broker on a journal in a folder, not connected.
+#[cfg(feature = "journal")]
+pub(super) fn on_disk(dir: &std::path::Path) -> Arc<EmbeddedBroker> {
+    let config = EmbeddedConfig {
+        journal: Some(crate::adapter::embedded::JournalConfig {
+            segment_bytes: SEGMENT_BYTES,
+            ..crate::adapter::embedded::JournalConfig::at(dir)
+        }),
+        ..config()
+    };
+    EmbeddedBroker::new(config, Arc::new(topology()))
+}
+
+fn config() -> EmbeddedConfig {
+    EmbeddedConfig {
+        // A name that nobody declared must be refused.
+        auto_declare: false,
+        ..EmbeddedConfig::default()
+    }
+}
+
 /// The places for dead letters.
 #[must_use]
 pub fn topology() -> Topology {
@@ -130,3 +182,7 @@ pub fn topology() -> Topology {
 }
 
 const RETRY_DELAY: Duration = Duration::from_millis(50);
+
+/// Small, so that segments come and go under the checks.
+#[cfg(feature = "journal")]
+const SEGMENT_BYTES: u64 = 1024 * 1024;

@@ -248,6 +248,13 @@ pub trait Factory: Send + Sync + 'static {
     /// Why it could not connect.
     async fn connect(&self) -> Result<Arc<dyn Target>>;
 
+    /// Whether [`Factory::connect`] gives the same client to everybody until it
+    /// is closed; then checks run one at a time. Default: where nothing outlives
+    /// a client.
+    fn one_client(&self) -> bool {
+        !self.capabilities().has(Capability::OutlivesClient)
+    }
+
     /// The name of a fresh queue or stream, made from a part that is unique.
     fn topic_name(&self, kind: Kind, unique: &str) -> String {
         format!("conformance.{kind}.{unique}")

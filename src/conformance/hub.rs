@@ -80,7 +80,7 @@ impl Factory for HubFactory {
 
     async fn connect(&self) -> Result<Arc<dyn Target>> {
         // A backend inside its client has one hub at a time.
-        if !self.over.capabilities().has(Capability::OutlivesClient)
+        if self.over.one_client()
             && let Some(hub) = self.open_hub()
         {
             return Ok(Arc::new(hub));
@@ -89,6 +89,10 @@ impl Factory for HubFactory {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         *current = Some(hub.clone());
         Ok(Arc::new(hub))
+    }
+
+    fn one_client(&self) -> bool {
+        self.over.one_client()
     }
 
     /// Names that the default routes send to queues and to streams.

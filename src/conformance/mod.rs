@@ -29,6 +29,8 @@ mod factory;
 mod failure;
 mod fixture;
 pub mod hub;
+#[cfg(feature = "journal")]
+pub mod killed;
 pub mod ledger;
 mod log;
 #[cfg(test)]

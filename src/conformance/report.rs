@@ -100,7 +100,7 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Table(&[self.clone()]).fmt(f)
+        Table(std::slice::from_ref(self)).fmt(f)
     }
 }
 

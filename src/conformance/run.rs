@@ -60,8 +60,7 @@ pub async fn run(factory: Arc<dyn Factory>, filter: &Filter, at_once: Arc<Semaph
         named.filter(|(check, kind)| filter.passes(&name(check, *kind), check))
     });
     let (kills, others): (Vec<_>, Vec<_>) = chosen.partition(|(check, _)| check.restarts);
-    let capabilities = factory.capabilities();
-    let alone = !capabilities.has(Capability::OutlivesClient);
+    let alone = factory.one_client();
     let mut rows = Vec::new();
     let mut running = JoinSet::new();
     for (check, kind) in others {

@@ -24,9 +24,12 @@ use crate::{
     topic::Pattern,
 };
 
-/// How long a lease request goes on gathering after its first message: what is
-/// ready at the broker arrives within this, what is not should not be waited for.
+/// How long a lease request goes on gathering after a message: what is ready at
+/// the broker follows within this, what is not should not be waited for.
 const LEASE_LINGER: Duration = Duration::from_millis(20);
+
+/// How long it gathers after its first message at most.
+const LEASE_GATHER: Duration = Duration::from_millis(200);
 
 /// Groups whose handled ids are remembered while nobody reads for them.
 const MAX_GROUPS: usize = 1024;
@@ -210,11 +213,16 @@ impl MessagingHub {
         let mut consumer = self.consume_from(&Source::Queue(pattern), &options).await?;
         let mut leased = Vec::new();
         let mut until = tokio::time::Instant::now() + wait;
+        let mut last = None;
         while leased.len() < max {
             match tokio::time::timeout_at(until, consumer.deliveries.recv()).await {
                 Ok(Some(batch)) => {
                     leased.extend(batch);
-                    until = until.min(tokio::time::Instant::now() + LEASE_LINGER);
+                    // While they keep coming it goes on: what the broker has
+                    // sent and nobody leases has to be given back.
+                    let now = tokio::time::Instant::now();
+                    let last = *last.get_or_insert(now + LEASE_GATHER);
+                    until = last.min(now + LEASE_LINGER);
                 }
                 Ok(None) => {
                     if let Some(why) = consumer.control.failure()

@@ -2,8 +2,8 @@
 //! spools what a primary cannot take, moves it back, and hands each message to
 //! each group once.
 //!
-//! What is hard is pure and stands in [`lane::machine`], [`spool`], [`dedup`],
-//! [`intake`] and [`route`]; the rest is a thin shell of tasks. The hub knows
+//! What is hard is pure and stands in `lane::machine`, `spool`, `dedup`,
+//! `intake` and [`route`]; the rest is a thin shell of tasks. The hub knows
 //! brokers only through [`crate::broker`].
 
 mod accepted;

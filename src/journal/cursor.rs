@@ -71,22 +71,18 @@ impl Cursor {
     }
 
     fn fill(&mut self, offset: u64, len: usize) -> io::Result<()> {
+        self.buffer.clear();
         if len <= LARGE && self.buffer.capacity() > 2 * LARGE {
             // One huge frame does not keep its memory.
             self.buffer = Vec::new();
         }
-        self.buffer.resize(len, 0);
+        let rest = usize::try_from(self.remaining(offset)?).unwrap_or(usize::MAX);
+        self.buffer.resize(len.min(rest), 0);
         self.start = offset;
-        match self.file.read_at(offset, &mut self.buffer) {
-            Ok(got) => {
-                self.buffer.truncate(got);
-                Ok(())
-            }
-            Err(e) => {
-                self.buffer.clear();
-                Err(e)
-            }
-        }
+        let read = self.file.read_at(offset, &mut self.buffer);
+        // After an error the buffer holds nothing that was read.
+        self.buffer.truncate(*read.as_ref().unwrap_or(&0));
+        read.map(|_| ())
     }
 }
 

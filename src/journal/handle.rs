@@ -10,10 +10,7 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use super::{
-    Batch, EntryId, JournalError, Lsn, index::Place, lock::FolderLock, reader::SegmentReader,
-    shared::Shared, state::Found,
-};
+use super::{Batch, EntryId, JournalError, Lsn, lock::FolderLock, shared::Shared};
 
 /// What became of an append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,10 +150,7 @@ impl Journal {
     /// [`Io`](JournalError::Io), [`Closed`](JournalError::Closed). A poisoned
     /// journal is still read.
     pub fn read(&self, ids: &[EntryId]) -> Result<Vec<Option<Bytes>>, JournalError> {
-        let mut reader = None;
-        ids.iter()
-            .map(|&id| self.read_one(id, &mut reader))
-            .collect()
+        self.0.shared.read(ids)
     }
 
     /// What the journal holds and has done.
@@ -165,7 +159,7 @@ impl Journal {
         let state = self.0.shared.lock();
         Usage {
             disk_bytes: state.index.bytes(),
-            live_bytes: state.index.segments().map(|s| s.live_bytes()).sum(),
+            live_bytes: state.index.live_bytes(),
             live_entries: state.live(),
             segments: state.index.segments().len(),
             queued_bytes: state.queued_bytes,
@@ -184,61 +178,6 @@ impl Journal {
     /// durable.
     pub fn close(&self) -> Result<(), JournalError> {
         self.0.close()
-    }
-
-    fn read_one(
-        &self,
-        id: EntryId,
-        reader: &mut Option<SegmentReader>,
-    ) -> Result<Option<Bytes>, JournalError> {
-        let shared = &self.0.shared;
-        let mut tried = None;
-        loop {
-            let place = {
-                let state = shared.lock();
-                if state.closing {
-                    return Err(JournalError::Closed);
-                }
-                match state.find(id) {
-                    Found::Pending(body) => return Ok(Some(body)),
-                    Found::Gone => return Ok(None),
-                    Found::Stored(place) => place,
-                }
-            };
-            match shared.find_stored(id, place, reader) {
-                Ok(body) => return Ok(Some(body)),
-                // The entry was moved and its segment deleted, or the reader's
-                // buffer is from before the entry was written. Once more from
-                // scratch, unless this was from scratch and nothing has moved.
-                Err(_) if tried != Some(place) => {
-                    tried = Some(place);
-                    *reader = None;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-}
-
-impl Shared {
-    fn find_stored(
-        &self,
-        id: EntryId,
-        place: Place,
-        reader: &mut Option<SegmentReader>,
-    ) -> Result<Bytes, JournalError> {
-        let reader = match reader.as_mut().filter(|r| r.seq() == place.seq) {
-            Some(_) => reader,
-            None => {
-                let file = self.open_segment(place.seq)?;
-                *reader = Some(SegmentReader::new(place.seq, file));
-                reader
-            }
-        };
-        match reader {
-            Some(reader) => reader.find(id, place, &*self.storage),
-            None => Err(JournalError::Closed),
-        }
     }
 }
 

@@ -169,6 +169,11 @@ impl Index {
         self.bytes
     }
 
+    /// Bytes of the live entries, about.
+    pub(super) fn live_bytes(&self) -> u64 {
+        self.segments.iter().map(Segment::live_bytes).sum()
+    }
+
     /// Live entries.
     pub(super) fn live(&self) -> u64 {
         self.live

@@ -16,11 +16,74 @@ use super::{
     format::{FRAME_HEADER, FrameHeader, OpHead, body_checksum},
     index::Place,
     segment,
+    shared::Shared,
+    state::Found,
     storage::{SegmentFile, Storage},
 };
 
+impl Shared {
+    /// The bodies of entries, `None` for those that do not live.
+    pub(super) fn read(&self, ids: &[EntryId]) -> Result<Vec<Option<Bytes>>, JournalError> {
+        let mut reader = None;
+        ids.iter()
+            .map(|&id| self.read_one(id, &mut reader))
+            .collect()
+    }
+
+    fn read_one(
+        &self,
+        id: EntryId,
+        reader: &mut Option<SegmentReader>,
+    ) -> Result<Option<Bytes>, JournalError> {
+        let mut failed_afresh_at = None;
+        loop {
+            let place = {
+                let state = self.lock();
+                if state.closing {
+                    return Err(JournalError::Closed);
+                }
+                match state.find(id) {
+                    Found::Pending(body) => return Ok(Some(body)),
+                    Found::Gone => return Ok(None),
+                    Found::Stored(place) => place,
+                }
+            };
+            if reader.as_ref().is_some_and(|r| r.seq != place.seq) {
+                *reader = None;
+            }
+            let afresh = reader.is_none();
+            match self.read_at(id, place, reader) {
+                Ok(body) => return Ok(Some(body)),
+                // The entry was moved and its segment deleted in the meantime,
+                // or the reader's buffer is older than the entry. Again, unless
+                // this was from scratch and the entry still stands there.
+                Err(error) if afresh && failed_afresh_at == Some(place) => return Err(error),
+                Err(_) => {
+                    failed_afresh_at = afresh.then_some(place);
+                    *reader = None;
+                }
+            }
+        }
+    }
+
+    fn read_at(
+        &self,
+        id: EntryId,
+        place: Place,
+        reader: &mut Option<SegmentReader>,
+    ) -> Result<Bytes, JournalError> {
+        if let Some(reader) = reader {
+            return reader.find(id, place, &*self.storage);
+        }
+        let file = self.open_segment(place.seq)?;
+        reader
+            .insert(SegmentReader::new(place.seq, file))
+            .find(id, place, &*self.storage)
+    }
+}
+
 /// A walk through one segment.
-pub(super) struct SegmentReader {
+struct SegmentReader {
     seq: u64,
     cursor: Cursor,
     /// The frame that the walk is in, and where the next operation is.
@@ -33,7 +96,7 @@ pub(super) struct SegmentReader {
 }
 
 impl SegmentReader {
-    pub(super) fn new(seq: u64, file: Arc<dyn SegmentFile>) -> Self {
+    fn new(seq: u64, file: Arc<dyn SegmentFile>) -> Self {
         Self {
             seq,
             cursor: Cursor::new(file),
@@ -45,13 +108,8 @@ impl SegmentReader {
         }
     }
 
-    /// The segment's number.
-    pub(super) fn seq(&self) -> u64 {
-        self.seq
-    }
-
     /// The body of an entry of this segment.
-    pub(super) fn find(
+    fn find(
         &mut self,
         id: EntryId,
         place: Place,

@@ -250,11 +250,11 @@ pub struct TornTail {
 }
 
 /// The valid frame at a place, if there is one.
-fn read_frame<'c>(
-    cursor: &'c mut Cursor,
+fn read_frame(
+    cursor: &mut Cursor,
     seq: u64,
     offset: u64,
-) -> std::io::Result<Option<(FrameHeader, &'c [u8])>> {
+) -> std::io::Result<Option<(FrameHeader, &[u8])>> {
     let Some(header) = FrameHeader::decode(cursor.peek(offset, FRAME_HEADER)?, offset) else {
         return Ok(None);
     };

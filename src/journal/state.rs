@@ -181,15 +181,20 @@ impl State {
         (gone && self.index.segments().len() > 1).then_some(oldest.seq)
     }
 
-    /// The oldest segment, if its entries should be moved: few live in it, and
-    /// it keeps the segments behind it from being deleted. When room is short
-    /// more copying is worth the room it makes.
+    /// The oldest segment, if its entries should be moved: because few live in
+    /// it, or because half of the log is dead, and it is what keeps the segments
+    /// behind it. The second rule bounds the log at twice what lives in it, and
+    /// the copying at one byte for each byte given back. When room is short more
+    /// copying is worth the room it makes.
     pub(super) fn compactable(&self) -> Option<u64> {
         let oldest = self.index.oldest()?;
         let short = self.used() > self.budget / 4 * 3;
-        let (share, least) = if short { (3, 2) } else { (1, FEW_SEGMENTS) };
-        let sparse = oldest.live_bytes() < oldest.end / 4 * share;
-        let wanted = oldest.live > 0 && sparse && self.index.segments().len() > least;
+        let (share, least) = if short { (3, 2) } else { (2, FEW_SEGMENTS) };
+        if oldest.live == 0 || self.index.segments().len() <= least {
+            return None;
+        }
+        let sparse = oldest.live_bytes() < oldest.end / 4;
+        let wanted = sparse || self.index.live_bytes() < self.index.bytes() / 4 * share;
         wanted.then_some(oldest.seq)
     }
 

@@ -87,11 +87,11 @@ impl Writer {
             self.append(queued)?;
         }
         self.append_moves(moves)?;
-        if work.closing {
-            self.mark();
-        }
         self.flush()?;
         self.sync()?;
+        if work.closing {
+            self.mark()?;
+        }
         if delete_dead(&self.shared)? > 0 {
             // Nothing more is durable, but there is room for who waits for it.
             self.shared.durable.send_modify(|_| {});
@@ -141,15 +141,17 @@ impl Writer {
         self.written(seq, frame, Contents::Moves(ids))
     }
 
-    /// Says at the end of the log that it was closed: damage in front of this is
-    /// never taken for a torn tail.
-    fn mark(&mut self) {
-        if let Some(active) = &self.active {
-            let frame = active.end + self.buffer.len() as u64;
-            let mut writer = FrameWriter::new(&mut self.buffer, self.next_id);
-            writer.mark();
-            writer.finish(active.seq, frame, active.synced);
-        }
+    /// Says at the end of the log, when all of it is durable, that it was closed:
+    /// damage in front of this is never taken for a torn tail.
+    fn mark(&mut self) -> Result<(), JournalError> {
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        let mut writer = FrameWriter::new(&mut self.buffer, self.next_id);
+        writer.mark();
+        writer.finish(active.seq, active.end, active.synced);
+        self.flush()?;
+        self.sync()
     }
 
     /// Remembers a frame in the buffer, and keeps the buffer small.

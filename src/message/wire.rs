@@ -179,10 +179,10 @@ pub fn encode<'a>(
     if let Some(error) = &message.error {
         put(names::ERROR, error.into());
     }
-    if let Some(trace) = &message.trace_id {
-        if !message.headers.contains_key(names::TRACEPARENT) {
-            put_trace(trace, &mut put);
-        }
+    if let Some(trace) = &message.trace_id
+        && !message.headers.contains_key(names::TRACEPARENT)
+    {
+        put_trace(trace, &mut put);
     }
     if marks.possible_duplicate {
         put(names::POSSIBLE_DUPLICATE, "true".into());

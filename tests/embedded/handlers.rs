@@ -60,7 +60,7 @@ async fn a_failing_task_is_tried_as_often_as_it_says_and_then_dead_lettered() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_handler_that_panics_kills_nothing_and_loses_nothing() {
+async fn fault_10_a_handler_that_panics_kills_nothing_and_loses_nothing() {
     let broker = broker().await;
     let (done, mut handled) = mpsc::unbounded_channel();
     let calls = Arc::new(AtomicU32::new(0));
@@ -139,7 +139,7 @@ async fn a_failing_event_is_retried_in_its_place_and_then_dead_lettered() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_subscribers_of_one_event_both_get_it_and_one_may_go() {
+async fn fault_08_fault_13_two_subscribers_of_one_event_both_get_it_and_one_may_go() {
     let broker = broker().await;
     let (sent, mut got) = mpsc::unbounded_channel();
     let mut subscriptions = Vec::new();

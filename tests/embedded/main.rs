@@ -1,5 +1,8 @@
 //! The embedded broker through its public interface.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[cfg(feature = "journal")]
+mod durable;
 mod handlers;
 mod queues;
 mod streams;

@@ -16,7 +16,41 @@ use messaging_hub::{
 use super::{body, broker, broker_with, message, publish, queue, take, topic};
 
 #[tokio::test(start_paused = true)]
-async fn a_publish_before_any_subscriber_is_kept() {
+async fn fault_01_confirmed_publishes_one_after_the_other_do_not_block() {
+    let broker = broker().await;
+    let to = topic("tasks.confirms");
+    broker
+        .declare_queue(&to, &QueueOptions::default())
+        .await
+        .unwrap();
+    let mut lane = broker
+        .open_lane(&to, 0, &LaneOptions::default())
+        .await
+        .unwrap();
+    for token in 0..1000 {
+        let one = Submission {
+            token,
+            message: Arc::new(message("x")),
+            order: OrderKey::Publisher(1),
+            marks: Marks::default(),
+            confirm: true,
+        };
+        lane.submissions.send(vec![one]).await.unwrap();
+        let answer = tokio::time::timeout(Duration::from_secs(5), lane.confirmations.recv())
+            .await
+            .expect("a confirm")
+            .unwrap();
+        assert!(
+            answer.token == token && matches!(answer.fate, Fate::Confirmed(_)),
+            "{answer:?}"
+        );
+    }
+    assert_eq!(broker.queue_depth(&to).await.unwrap(), 1000);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn fault_02_a_publish_before_any_subscriber_is_kept() {
     let broker = broker().await;
     publish(&broker, "tasks.early", &["a", "b"]).await;
     let mut consumer = broker
@@ -34,7 +68,7 @@ async fn a_publish_before_any_subscriber_is_kept() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_priority_queue_is_fifo_within_a_priority_also_after_a_requeue() {
+async fn fault_09_a_priority_queue_is_fifo_within_a_priority_also_after_a_requeue() {
     let broker = broker().await;
     let to = topic("tasks.prio");
     for (body, priority) in [("a5", 5), ("b5", 5), ("c9", 9), ("d5", 5), ("e9", 9)] {
@@ -243,7 +277,24 @@ async fn a_worker_waits_for_a_task_and_leaves_nothing_behind_when_it_gives_up() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn closing_twice_is_fine_and_ends_consumers_and_waits() {
+async fn fault_16_two_thousand_messages_have_two_thousand_ids() {
+    let broker = broker().await;
+    publish(&broker, "tasks.ids", &["x"; 2000]).await;
+    let mut consumer = broker
+        .consume(
+            &queue("tasks.ids"),
+            &SubscribeOptions::default().with_prefetch(2000),
+        )
+        .await
+        .unwrap();
+    let got = take(&mut consumer, 2000).await;
+    let ids: std::collections::HashSet<_> = got.iter().map(|d| d.id.clone()).collect();
+    assert_eq!(ids.len(), 2000);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn fault_19_closing_twice_is_fine_and_ends_consumers_and_waits() {
     let broker = broker().await;
     let to = topic("tasks.close");
     broker
@@ -436,7 +487,7 @@ async fn an_unknown_topic_is_refused_where_nothing_is_made_by_itself() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_says_of_each_message_what_became_of_it() {
+async fn fault_11_a_batch_says_of_each_message_what_became_of_it() {
     let broker = broker().await;
     let to = topic("tasks.batch");
     let options = QueueOptions {
@@ -492,7 +543,7 @@ async fn a_task_is_not_handed_out_before_it_is_scheduled() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_queue_is_declared_once_and_drift_is_named() {
+async fn fault_03_a_queue_is_declared_once_and_drift_is_named() {
     let broker = broker().await;
     let to = topic("tasks.declared");
     let options = QueueOptions {
@@ -607,7 +658,7 @@ async fn an_exclusive_consumer_keeps_others_out() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn many_publishers_and_consumers_lose_and_repeat_nothing() {
+async fn fault_19_many_publishers_and_consumers_lose_and_repeat_nothing() {
     const PUBLISHERS: usize = 4;
     const EACH: usize = 500;
     let broker = broker().await;

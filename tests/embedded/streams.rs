@@ -55,7 +55,7 @@ async fn ack_all(deliveries: Vec<Delivery>) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_event_reaches_both_of_two_groups_and_every_lone_reader() {
+async fn fault_08_an_event_reaches_both_of_two_groups_and_every_lone_reader() {
     let broker = broker().await;
     let mut live = broker
         .consume(&stream("events.#"), &SubscribeOptions::default())
@@ -78,7 +78,7 @@ async fn an_event_reaches_both_of_two_groups_and_every_lone_reader() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn keys_spread_over_partitions_and_each_key_keeps_its_order() {
+async fn fault_15_keys_spread_over_partitions_and_each_key_keeps_its_order() {
     let broker = broker().await;
     let to = topic("events.keys");
     publish_keyed(&broker, "events.keys", 300, 30).await;
@@ -110,7 +110,7 @@ async fn keys_spread_over_partitions_and_each_key_keeps_its_order() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn members_of_a_group_share_the_partitions_and_a_leaver_hands_its_own_over() {
+async fn fault_15_members_of_a_group_share_the_partitions_and_a_leaver_hands_its_own_over() {
     let broker = broker().await;
     let options = SubscribeOptions::group("workers");
     let mut one = broker
@@ -168,7 +168,7 @@ async fn a_newcomer_gets_a_partition_only_when_nothing_of_it_is_in_hand() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_committed_position_never_passes_an_unfinished_message() {
+async fn fault_14_the_committed_position_never_passes_an_unfinished_message() {
     let broker = broker().await;
     let to = topic("events.mark");
     broker
@@ -208,7 +208,7 @@ async fn the_committed_position_never_passes_an_unfinished_message() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_seek_by_time_finds_the_time_and_not_the_beginning() {
+async fn fault_15_a_seek_by_time_finds_the_time_and_not_the_beginning() {
     let broker = broker().await;
     let to = topic("events.time");
     broker
@@ -262,7 +262,7 @@ async fn a_seek_by_time_finds_the_time_and_not_the_beginning() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_reader_is_fed_no_faster_than_it_reads_and_loses_nothing() {
+async fn fault_15_a_slow_reader_is_fed_no_faster_than_it_reads_and_loses_nothing() {
     let broker = broker().await;
     let mut options = SubscribeOptions::default();
     options.stream.buffer_size = 8;

@@ -183,7 +183,7 @@ def check_own(c, where, one, message):
     c.equal(f"{where}: payload", base64.b64decode(message["payload"]), one.payload)
     c.equal(f"{where}: key", key_of(message), one.key)
     c.equal(f"{where}: priority", message["priority"], one.priority)
-    c.equal(f"{where}: headers", message["headers"], own_headers(one))
+    c.equal(f"{where}: headers", message["headers"], one.user_headers())
     for name, default in (
         ("type", ""),
         ("correlation_id", None),
@@ -202,13 +202,6 @@ def check_own(c, where, one, message):
         c.equal(f"{where}: timestamp", message["timestamp"], envelopes.rfc3339(one.at))
     if "expiration" in f:
         c.equal(f"{where}: expiration", message.get("expiration"), envelopes.rfc3339(f["expiration"]))
-
-
-def own_headers(one):
-    out = one.user_headers()
-    trace = one.fields.get("trace_id", "")
-    # A whole traceparent is a header for readers too.
-    return out | ({"traceparent": trace} if "-" in trace else {})
 
 
 def key_of(message):

@@ -24,7 +24,7 @@ async fn offset(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failed_message_is_not_skipped_when_a_later_one_commits() {
+async fn fault_14_a_failed_message_is_not_skipped_when_a_later_one_commits() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "skip", 1).await;
@@ -71,7 +71,7 @@ async fn a_failed_message_is_not_skipped_when_a_later_one_commits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_subscribers_of_a_topic_both_get_everything() {
+async fn fault_13_two_subscribers_of_a_topic_both_get_everything() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "two", 3).await;
@@ -351,8 +351,16 @@ async fn a_slow_reader_is_paused_keeps_its_membership_and_loses_nothing() {
     )
     .await;
     let first = take(&mut consumer, 20).await;
-    // Longer than the session: only background heartbeats keep it alive.
-    tokio::time::sleep(Duration::from_secs(8)).await;
+    // A member that falls silent now, with a longer session: once the
+    // coordinator has given it up, more than our own session has passed, and only
+    // background heartbeats have kept us.
+    let silent = unique("silent");
+    fall_silent(node.bootstrap(), &silent, &topic, Duration::from_secs(8)).await;
+    assert!(!has_no_members(node.bootstrap(), &silent).await);
+    eventually("the silent member is given up", || {
+        has_no_members(node.bootstrap(), &silent)
+    })
+    .await;
     // No generation has ended, so these still count.
     let mut seen: BTreeSet<String> = first.iter().map(body).collect();
     ack_all(first).await;
@@ -368,6 +376,46 @@ async fn a_slow_reader_is_paused_keeps_its_membership_and_loses_nothing() {
     }
     consumer.control.stop().await;
     broker.close().await.unwrap();
+}
+
+/// Joins a group and goes without a word: a static member does not say that it
+/// leaves, so the coordinator waits for it as long as its session lasts.
+async fn fall_silent(bootstrap: &str, group: &str, topic: &Topic, session: Duration) {
+    use rdkafka::consumer::{BaseConsumer, Consumer as _};
+    let (bootstrap, group, topic) = (bootstrap.to_owned(), group.to_owned(), topic.clone());
+    tokio::task::spawn_blocking(move || {
+        let member: BaseConsumer = rdkafka::ClientConfig::new()
+            .set("bootstrap.servers", &bootstrap)
+            .set("group.id", &group)
+            .set("group.instance.id", "silent")
+            .set("session.timeout.ms", session.as_millis().to_string())
+            .set("heartbeat.interval.ms", "500")
+            .create()
+            .unwrap();
+        member.subscribe(&[topic.as_str()]).unwrap();
+        let until = std::time::Instant::now() + WAIT;
+        while member.assignment().unwrap().count() == 0 {
+            assert!(std::time::Instant::now() < until, "it never joined");
+            let _ = member.poll(Duration::from_millis(50));
+        }
+    })
+    .await
+    .unwrap();
+}
+
+async fn has_no_members(bootstrap: &str, group: &str) -> bool {
+    use rdkafka::consumer::{BaseConsumer, Consumer as _};
+    let (bootstrap, group) = (bootstrap.to_owned(), group.to_owned());
+    tokio::task::spawn_blocking(move || {
+        let asks: BaseConsumer = rdkafka::ClientConfig::new()
+            .set("bootstrap.servers", &bootstrap)
+            .create()
+            .unwrap();
+        let list = asks.fetch_group_list(Some(&group), WAIT).unwrap();
+        list.groups().iter().all(|g| g.members().is_empty())
+    })
+    .await
+    .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

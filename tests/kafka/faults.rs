@@ -33,7 +33,7 @@ fn submission(token: u64) -> Submission {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn outcomes_are_honest_when_the_broker_is_killed_and_comes_back() {
+async fn fault_12_outcomes_and_health_are_honest_when_the_broker_is_killed_and_comes_back() {
     let mut node = need!(Kafka::start().await);
     let broker = connected(KafkaConfig {
         message_timeout: Duration::from_secs(4),
@@ -186,7 +186,7 @@ async fn the_first_confirm_after_an_outage_follows_a_raw_clients_within_a_second
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn consumers_take_up_their_work_after_the_broker_comes_back() {
+async fn fault_04_fault_13_both_consumers_take_up_their_work_after_the_broker_comes_back() {
     let mut node = need!(Kafka::start().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "resume", 2).await;
@@ -336,7 +336,7 @@ fn sasl(mechanism: SaslMechanism, password: &str) -> SaslConfig {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_and_sasl_work_and_wrong_ones_are_told_apart() {
+async fn fault_14_tls_and_sasl_work_and_wrong_ones_are_told_apart() {
     let node = need!(Kafka::start_with(NodeOptions::secure()).await);
     let localhost = |address: &str| address.replace("127.0.0.1", "localhost");
     let mut good = vec![KafkaConfig {
@@ -386,7 +386,7 @@ async fn tls_and_sasl_work_and_wrong_ones_are_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn topology_is_made_and_drift_is_named() {
+async fn fault_03_topology_is_made_and_drift_is_named() {
     let node = need!(shared_kafka().await);
     let name = unique("topo");
     let spec = |retention_ms, partitions| TopicSpec {

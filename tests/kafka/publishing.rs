@@ -6,13 +6,77 @@ use bytes::Bytes;
 use messaging_hub::{
     ErrorCode, MessageBroker, PublishOptions, SubscribeOptions, Topic,
     adapter::kafka::KafkaConfig,
-    broker::{Compression, EventStreamBroker, LaneOptions, OrderKey, TopicOptions},
+    broker::{
+        Compression, EventStreamBroker, Fate, LaneOptions, OrderKey, Submission, TopicOptions,
+    },
 };
 
 use crate::{
     common::*,
     support::{need, shared_kafka, unique},
 };
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_01_confirmed_publishes_one_after_the_other_do_not_block() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(KafkaConfig {
+        linger: Duration::ZERO,
+        ..config(node.bootstrap())
+    })
+    .await;
+    let topic = topic(&broker, "confirms", 1).await;
+    let mut lane = broker
+        .open_lane(&topic, 0, &LaneOptions::default())
+        .await
+        .unwrap();
+    for token in 0..1000 {
+        lane.submissions
+            .send(vec![submission(token)])
+            .await
+            .unwrap();
+        let answer = tokio::time::timeout(WAIT, lane.confirmations.recv())
+            .await
+            .expect("a confirm")
+            .unwrap();
+        assert!(
+            answer.token == token && matches!(answer.fate, Fate::Confirmed(_)),
+            "{answer:?}"
+        );
+    }
+    broker.close().await.unwrap();
+}
+
+fn submission(token: u64) -> Submission {
+    Submission {
+        token,
+        message: Arc::new(text("x")),
+        order: OrderKey::Publisher(1),
+        marks: Default::default(),
+        confirm: true,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_02_a_publish_before_any_subscriber_is_kept_or_refused() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(config(node.bootstrap())).await;
+    let topic = topic(&broker, "early", 1).await;
+    publish(&broker, &topic, vec![text("early")]).await;
+    let mut late = broker
+        .consume(&stream(&topic), &SubscribeOptions::group(unique("late")))
+        .await
+        .unwrap();
+    let got = take(&mut late, 1).await;
+    assert_eq!(body(&got[0]), "early");
+    ack_all(got).await;
+    let nowhere = Topic::new(unique("nowhere")).unwrap();
+    let error = broker
+        .publish(&nowhere, text("x"), &PublishOptions::default())
+        .await
+        .unwrap_err();
+    assert_eq!(error.code(), ErrorCode::TopicNotFound, "{error}");
+    broker.close().await.unwrap();
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_published_is_confirmed_and_consumed_and_closing_twice_is_fine() {
@@ -40,7 +104,7 @@ async fn what_is_published_is_confirmed_and_consumed_and_closing_twice_is_fine()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn order_per_key_is_kept_and_keys_spread_over_the_partitions() {
+async fn fault_14_order_per_key_is_kept_and_keys_spread_over_the_partitions() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "order", 6).await;
@@ -66,7 +130,7 @@ async fn order_per_key_is_kept_and_keys_spread_over_the_partitions() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_land_where_kafkas_own_partitioners_put_them() {
+async fn fault_14_keys_land_where_kafkas_own_partitioners_put_them() {
     let node = need!(shared_kafka().await);
     for (murmur2, partitioner) in [(false, "consistent"), (true, "murmur2")] {
         let broker = connected(KafkaConfig {
@@ -111,7 +175,7 @@ async fn keys_land_where_kafkas_own_partitioners_put_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_has_one_outcome_for_each_message() {
+async fn fault_11_a_batch_has_one_outcome_for_each_message() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = Topic::new(unique("batch")).unwrap();
@@ -200,7 +264,7 @@ async fn an_unknown_topic_is_refused_and_made_where_that_is_allowed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn compression_is_what_was_asked_for_in_the_stored_batches() {
+async fn fault_14_compression_is_what_was_asked_for_in_the_stored_batches() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     for (compression, code) in [
@@ -236,6 +300,45 @@ async fn compression_is_what_was_asked_for_in_the_stored_batches() {
     broker.close().await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_14_idempotence_is_in_the_stored_batches_where_it_was_asked_for() {
+    let node = need!(shared_kafka().await);
+    for enable_idempotence in [true, false] {
+        let broker = connected(KafkaConfig {
+            enable_idempotence,
+            ..config(node.bootstrap())
+        })
+        .await;
+        let topic = topic(&broker, "idempotent", 1).await;
+        publish(&broker, &topic, vec![text("x")]).await;
+        let batch = std::fs::read(find_log(&node.info().dir, &format!("{topic}-0"))).unwrap();
+        // The producer's id (record batch version 2), by which the broker knows
+        // a repeat; -1 where the producer has none.
+        let producer = i64::from_be_bytes(batch[43..51].try_into().unwrap());
+        assert_eq!(producer >= 0, enable_idempotence, "producer id {producer}");
+        broker.close().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_14_a_batch_waits_for_its_linger() {
+    let node = need!(shared_kafka().await);
+    let linger = Duration::from_millis(600);
+    let broker = connected(KafkaConfig {
+        linger,
+        ..config(node.bootstrap())
+    })
+    .await;
+    let topic = topic(&broker, "linger", 1).await;
+    for _ in 0..3 {
+        let began = std::time::Instant::now();
+        publish(&broker, &topic, vec![text("x")]).await;
+        // Its clock may be a little ahead of ours.
+        assert!(began.elapsed() >= linger * 9 / 10, "{:?}", began.elapsed());
+    }
+    broker.close().await.unwrap();
+}
+
 fn find_log(under: &std::path::Path, partition: &str) -> std::path::PathBuf {
     let mut folders = vec![under.to_owned()];
     while let Some(folder) = folders.pop() {
@@ -253,7 +356,7 @@ fn find_log(under: &std::path::Path, partition: &str) -> std::path::PathBuf {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_broker_address_is_dialled() {
+async fn fault_14_every_broker_address_is_dialled() {
     let node = need!(shared_kafka().await);
     // Nothing listens at the first two.
     let broker = connected(KafkaConfig {
@@ -290,7 +393,7 @@ async fn a_broker_that_is_not_there_says_so_and_refuses_lanes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ids_are_unique_and_foreign_records_get_one_from_their_place() {
+async fn fault_16_ids_are_unique_and_foreign_records_get_one_from_their_place() {
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "ids", 2).await;
@@ -328,6 +431,47 @@ async fn ids_are_unique_and_foreign_records_get_one_from_their_place() {
     }
     assert_eq!(derived, 10);
     broker.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fault_19_closing_twice_and_using_it_from_many_tasks_is_safe() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(config(node.bootstrap())).await;
+    let topic = topic(&broker, "many", 3).await;
+    broker
+        .connect()
+        .await
+        .expect("connecting again does nothing");
+    let using: Vec<_> = (0..8)
+        .map(|task| {
+            let (broker, topic) = (broker.clone(), topic.clone());
+            tokio::spawn(async move {
+                let messages = (0..100).map(|n| text(&format!("{task}-{n}"))).collect();
+                publish(&broker, &topic, messages).await;
+                broker.health_check().await.unwrap();
+            })
+        })
+        .collect();
+    for task in using {
+        task.await.unwrap();
+    }
+    let read = read_all(&broker, &topic, 800).await;
+    assert_eq!(read.values().map(Vec::len).sum::<usize>(), 800);
+    let consumer = broker
+        .consume(&stream(&topic), &SubscribeOptions::group(unique("g")))
+        .await
+        .unwrap();
+    active(&consumer).await;
+    let (a, b) = tokio::join!(broker.close(), broker.close());
+    a.unwrap();
+    b.unwrap();
+    broker.close().await.unwrap();
+    tokio::time::timeout(WAIT, consumer.control.stop())
+        .await
+        .expect("the consumer has ended");
+    assert!(!broker.is_connected());
+    let error = broker.connect().await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::OperationCanceled, "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,7 @@
 //! Settings of the embedded broker.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -37,6 +39,48 @@ pub struct EmbeddedConfig {
     /// Largest payload of a direct publish, in bytes. Default 16 MiB. Lanes take
     /// what their owner has checked.
     pub max_message_bytes: usize,
+    /// Where what is kept survives restarts. Default nowhere: in memory only.
+    /// Needs the feature `journal`.
+    pub journal: Option<JournalConfig>,
+}
+
+/// The embedded broker's place on disk. Queues and streams have a log each, in
+/// the folders `queues` and `streams` under `dir`: a month of a stream would keep
+/// the disk of all tasks that were done in that time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct JournalConfig {
+    /// The folder; made when missing, held by one broker at a time.
+    pub dir: PathBuf,
+    /// Bytes on disk that the log of the queues may take. Default 2 GiB. At the
+    /// bound publishes are answered as overload.
+    pub queue_bytes: u64,
+    /// Bytes on disk that the log of the streams may take. Default 2 GiB. At the
+    /// bound publishes are answered as overload.
+    pub stream_bytes: u64,
+    /// Size of one file of a log in bytes. Default 16 MiB.
+    pub segment_bytes: u64,
+}
+
+impl Default for JournalConfig {
+    fn default() -> Self {
+        Self {
+            dir: PathBuf::new(),
+            queue_bytes: 2 * 1024 * 1024 * 1024,
+            stream_bytes: 2 * 1024 * 1024 * 1024,
+            segment_bytes: 16 * 1024 * 1024,
+        }
+    }
+}
+
+impl JournalConfig {
+    /// Defaults, in a folder.
+    pub fn at(dir: impl Into<PathBuf>) -> Self {
+        Self {
+            dir: dir.into(),
+            ..Self::default()
+        }
+    }
 }
 
 impl Default for EmbeddedConfig {
@@ -53,6 +97,7 @@ impl Default for EmbeddedConfig {
             max_stream_bytes: 256 * 1024 * 1024,
             retention_bytes: None,
             max_message_bytes: DEFAULT_MAX_MESSAGE_BYTES,
+            journal: None,
         }
     }
 }
@@ -83,6 +128,29 @@ impl EmbeddedConfig {
         }
         if self.max_message_bytes == 0 {
             return wrong("max_message_bytes");
+        }
+        if let Some(journal) = &self.journal {
+            if journal.dir.as_os_str().is_empty() {
+                return Err(Error::rejected(
+                    ErrorCode::MissingConfig,
+                    "embedded.journal.dir names no folder",
+                ));
+            }
+            for (field, value) in [
+                ("journal.queue_bytes", journal.queue_bytes),
+                ("journal.stream_bytes", journal.stream_bytes),
+                ("journal.segment_bytes", journal.segment_bytes),
+            ] {
+                if value == 0 {
+                    return wrong(field);
+                }
+            }
+            if !cfg!(feature = "journal") {
+                return Err(Error::rejected(
+                    ErrorCode::InvalidConfig,
+                    "embedded.journal is set but this build has no journal; build with the feature journal, or leave it out",
+                ));
+            }
         }
         Ok(())
     }

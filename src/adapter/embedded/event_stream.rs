@@ -14,16 +14,19 @@ impl EventStreamBroker for EmbeddedBroker {
     async fn create_topic(&self, topic: &Topic, options: &TopicOptions) -> Result<()> {
         self.shared.usable()?;
         self.shared
-            .step(|state, _| state.create_stream(topic, options).map(drop))
+            .durably(|state, _| state.create_stream(topic, options).map(drop))
+            .await
     }
 
     async fn delete_topic(&self, topic: &Topic) -> Result<()> {
         self.shared.usable()?;
-        self.shared.step(|state, _| {
-            let id = state.known_stream(topic)?;
-            state.delete_stream(id);
-            Ok(())
-        })
+        self.shared
+            .durably(|state, _| {
+                let id = state.known_stream(topic)?;
+                state.delete_stream(id);
+                Ok(())
+            })
+            .await
     }
 
     async fn list_topics(&self) -> Result<Vec<Topic>> {
@@ -53,12 +56,15 @@ impl EventStreamBroker for EmbeddedBroker {
     ) -> Result<()> {
         self.shared.usable()?;
         self.shared
-            .step(|state, _| state.create_group(group, pattern, reset))
+            .durably(|state, _| state.create_group(group, pattern, reset))
+            .await
     }
 
     async fn delete_consumer_group(&self, group: &str) -> Result<()> {
         self.shared.usable()?;
-        self.shared.step(|state, _| state.delete_group(group))
+        self.shared
+            .durably(|state, _| state.delete_group(group))
+            .await
     }
 
     async fn commit_offset(
@@ -69,10 +75,12 @@ impl EventStreamBroker for EmbeddedBroker {
         next: i64,
     ) -> Result<()> {
         self.shared.usable()?;
-        self.shared.step(|state, _| {
-            let id = state.known_stream(topic)?;
-            state.commit(group, (id, partition), next)
-        })
+        self.shared
+            .durably(|state, _| {
+                let id = state.known_stream(topic)?;
+                state.commit(group, (id, partition), next)
+            })
+            .await
     }
 
     async fn offset(&self, group: &str, topic: &Topic, partition: i32) -> Result<Option<i64>> {
@@ -91,9 +99,11 @@ impl EventStreamBroker for EmbeddedBroker {
         to: SeekTo,
     ) -> Result<()> {
         self.shared.usable()?;
-        self.shared.step(|state, _| {
-            let id = state.known_stream(topic)?;
-            state.seek(group, id, partition, to)
-        })
+        self.shared
+            .durably(|state, _| {
+                let id = state.known_stream(topic)?;
+                state.seek(group, id, partition, to)
+            })
+            .await
     }
 }

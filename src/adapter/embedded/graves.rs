@@ -11,7 +11,8 @@ use super::{
     state::{QueueId, State},
 };
 use crate::{
-    error::Result,
+    broker::BrokerType,
+    error::{Error, ErrorCode, Result},
     message::{Message, MessageState, Timestamp, wire::Failure},
     topic::Topic,
 };
@@ -32,6 +33,9 @@ impl State {
     }
 
     /// Puts a message among the dead letters of a queue.
+    ///
+    /// # Errors
+    /// There is no room for it, or the log does not take it.
     pub(super) fn dead_letter_message(
         &mut self,
         now: Timestamp,
@@ -39,12 +43,21 @@ impl State {
         message: &Arc<Message>,
         failure: &Failure,
     ) -> Result<()> {
-        let from_id = self.queue_id(from);
+        let from_id = self.queue_id(from).unwrap_or(0);
         let name = Topic::new(self.topology.canonical(from))?;
         self.check_room(cost(message))?;
         let entry = entry_for(&name, message, &self.no_marks.clone(), None);
         let entry = dead_letter(entry, failure.clone());
-        self.bury_entry(now, from_id.unwrap_or(0), entry, true, 0);
+        let mut copies = self.copies(now, from_id, entry, true, 0).ok_or_else(|| {
+            Error::new(
+                ErrorCode::DeadLetterFailed,
+                "there is no queue for dead letters",
+            )
+            .at(BrokerType::InMemory)
+        })?;
+        self.keep(now, None, &mut copies, None)
+            .map_err(|refused| refused.error(ErrorCode::DeadLetterFailed))?;
+        self.lay(now, copies, 0);
         Ok(())
     }
 
@@ -63,17 +76,48 @@ impl State {
         }
     }
 
+    /// Moves a message to the dead letters of `from`. In the log that is one
+    /// batch, so that a crash leaves it here or there, never in both or neither.
     fn bury_entry(
         &mut self,
         now: Timestamp,
         from: QueueId,
-        entry: Entry,
+        mut entry: Entry,
         keep_in_place: bool,
         hops: u8,
     ) {
+        let old = entry.record.take();
+        // Where nothing can take it, the log keeps it, and it dies there again
+        // after a restart.
+        let Some(mut copies) = self.copies(now, from, entry, keep_in_place, hops) else {
+            return;
+        };
+        if let Err(refused) = self.keep(now, old, &mut copies, None) {
+            // It is here already, so it goes on here. In the log it stays where
+            // it was, and dies there again after a crash; whoever is done with
+            // the first copy takes that away.
+            tracing::warn!("a dead letter is moved in memory only: {}", refused.why());
+            if let Some((_, first)) = copies.first_mut() {
+                first.record = old;
+            }
+        }
+        self.lay(now, copies, hops);
+    }
+
+    /// A dead letter for each queue that it goes to; none when the queue for it
+    /// cannot be made.
+    fn copies(
+        &mut self,
+        now: Timestamp,
+        from: QueueId,
+        mut entry: Entry,
+        keep_in_place: bool,
+        hops: u8,
+    ) -> Option<Vec<(QueueId, Entry)>> {
         self.recorder.messages_dead_lettered.inc();
-        let targets = self.graves(now, from, &entry);
-        for target in targets {
+        entry.deliveries = 0;
+        let mut copies = Vec::new();
+        for target in self.graves(now, from, &entry)? {
             // What dies by itself in the queue of its own dead letters, or goes
             // round between full queues, ends here, as it does in RabbitMQ.
             if (target == from && !keep_in_place) || hops >= MAX_HOPS {
@@ -83,12 +127,22 @@ impl State {
                 );
                 continue;
             }
+            let Some(queue) = self.queues.get(&target) else {
+                continue;
+            };
+            let mut copy = entry.clone();
+            Arc::make_mut(&mut copy.message).topic = Some(queue.name.as_str().to_owned());
+            copies.push((target, copy));
+        }
+        Some(copies)
+    }
+
+    /// Puts dead letters into their queues.
+    fn lay(&mut self, now: Timestamp, copies: Vec<(QueueId, Entry)>, hops: u8) {
+        for (target, entry) in copies {
             let Some(queue) = self.queues.get_mut(&target) else {
                 continue;
             };
-            let mut entry = entry.clone();
-            Arc::make_mut(&mut entry.message).topic = Some(queue.name.as_str().to_owned());
-            entry.deliveries = 0;
             let before = queue.core.bytes();
             let mut dead = Vec::new();
             queue.core.append(now, entry, &mut dead);
@@ -112,7 +166,7 @@ impl State {
 
     /// The queues that the dead letters of `from` go to: by its dead-letter
     /// exchange, else, or when that leads nowhere, the topology's queue.
-    fn graves(&mut self, now: Timestamp, from: QueueId, entry: &Entry) -> Vec<QueueId> {
+    fn graves(&mut self, now: Timestamp, from: QueueId, entry: &Entry) -> Option<Vec<QueueId>> {
         let by_exchange = self.queues.get(&from).and_then(|queue| {
             let options = queue.core.options();
             let exchange = options.dead_letter_exchange.as_deref()?;
@@ -129,24 +183,32 @@ impl State {
             .filter_map(|name| self.queue_names.get(name.as_str()).copied())
             .collect();
         if !found.is_empty() {
-            return found;
+            return Some(found);
         }
+        match self.declare_graveyard(now) {
+            Ok(id) => Some(vec![id]),
+            Err(error) => {
+                tracing::error!(%error, "there is no queue for dead letters; a message is dropped");
+                None
+            }
+        }
+    }
+
+    /// The topology's queue for dead letters, made when missing.
+    ///
+    /// # Errors
+    /// As [`State::declare_queue`].
+    pub(super) fn declare_graveyard(&mut self, now: Timestamp) -> Result<QueueId> {
         let name = self.topology.dead_letter_queue().to_owned();
         if let Some(id) = self.queue_id(&name) {
-            return vec![id];
+            return Ok(id);
         }
         let options = self
             .topology
             .queue(&name)
             .map(|q| q.options.clone())
             .unwrap_or_default();
-        match self.declare_queue(now, &name, &options) {
-            Ok(id) => vec![id],
-            Err(error) => {
-                tracing::error!(%error, "there is no queue for dead letters; a message is dropped");
-                Vec::new()
-            }
-        }
+        self.declare_queue(now, &name, &options)
     }
 }
 

@@ -8,6 +8,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::log::RecordId;
+
 /// A member, by its number in the broker.
 pub(super) type MemberId = u64;
 
@@ -49,6 +51,16 @@ pub(super) struct Cursor {
     /// Counts moves of the position; verdicts on what was handed out before a
     /// move are void.
     epoch: u64,
+    /// What the log says, if it says something.
+    logged: Option<Logged>,
+}
+
+/// A position as it lies in the log.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Logged {
+    pub(super) record: RecordId,
+    pub(super) committed: i64,
+    pub(super) next: i64,
 }
 
 impl Group {
@@ -81,6 +93,15 @@ impl Group {
     /// A member gets nothing new; what it holds it may still finish.
     pub(super) fn leave(&mut self, id: MemberId) {
         self.members.remove(&id);
+    }
+
+    /// Where its positions lie in the log, in all streams or in one.
+    pub(super) fn records(&self, of: Option<StreamId>) -> impl Iterator<Item = RecordId> {
+        self.cursors
+            .iter()
+            .filter(move |((stream, _), _)| of.is_none_or(|of| of == *stream))
+            .filter_map(|(_, cursor)| cursor.logged)
+            .map(|logged| logged.record)
     }
 
     /// Forgets a stream.
@@ -188,6 +209,32 @@ impl Cursor {
 
     pub(super) fn next(&self) -> i64 {
         self.next
+    }
+
+    /// The position to write, if the log says another one.
+    pub(super) fn unlogged(&self) -> Option<(i64, i64)> {
+        let committed = self.committed?;
+        self.logged
+            .is_none_or(|l| (l.committed, l.next) != (committed, self.next))
+            .then_some((committed, self.next))
+    }
+
+    pub(super) fn logged(&self) -> Option<Logged> {
+        self.logged
+    }
+
+    pub(super) fn set_logged(&mut self, logged: Logged) {
+        self.logged = Some(logged);
+    }
+
+    /// Goes on where a restart left it: what was handed out and is not covered
+    /// by the position is handed out again.
+    #[cfg(feature = "journal")]
+    pub(super) fn restore(&mut self, logged: Logged) {
+        self.committed = Some(logged.committed);
+        self.next = logged.next.max(logged.committed);
+        self.returned = (logged.committed..self.next).collect();
+        self.logged = Some(logged);
     }
 
     /// Whether something given back waits.

@@ -1,8 +1,10 @@
 //! The broker's state, as far as it concerns handing out the messages of queues:
 //! consumers, their credit, their verdicts.
 
+use std::time::Duration;
+
 use super::{
-    queue::ConsumerId,
+    queue::{ConsumerId, Entry},
     queues::stale,
     state::{Outgoing, QueueConsumer, QueueId, State},
 };
@@ -70,7 +72,8 @@ impl State {
             } in outbox
             {
                 taken.push((0, received));
-                self.with_queue(now, queue, |queue, _| queue.ack(seq));
+                let done = self.with_queue(now, queue, |queue, _| queue.remove(seq));
+                self.done.extend(done.flatten().and_then(|e| e.record));
             }
             self.pump_consumer(now, id);
         } else {
@@ -109,7 +112,11 @@ impl State {
             let done = match verdict {
                 Verdict::Ack => {
                     self.recorder.messages_acked.inc();
-                    self.with_queue(now, queue_id, |queue, _| queue.ack(seq))
+                    self.with_queue(now, queue_id, |queue, _| queue.remove(seq))
+                        .map(|entry| {
+                            self.done.extend(entry.as_ref().and_then(|e| e.record));
+                            entry.is_some()
+                        })
                 }
                 Verdict::Requeue => {
                     self.recorder.messages_nacked.inc();
@@ -119,9 +126,14 @@ impl State {
                 }
                 Verdict::Retry { delay, failure } => {
                     self.recorder.messages_retried.inc();
-                    self.with_queue(now, queue_id, |queue, _| {
-                        queue.retry(now, seq, delay, failure)
-                    })
+                    self.with_queue(now, queue_id, |queue, _| queue.fail(seq, failure))
+                        .map(|entry| match entry {
+                            Some(entry) => {
+                                self.retry(now, queue_id, entry, delay);
+                                true
+                            }
+                            None => false,
+                        })
                 }
                 Verdict::DeadLetter { failure } => self
                     .with_queue(now, queue_id, |queue, _| queue.remove(seq))
@@ -143,6 +155,18 @@ impl State {
         }
         self.pump_consumer(now, id);
         answers
+    }
+
+    /// Gives a failed message back to its queue, after a rest if there is one.
+    fn retry(&mut self, now: Timestamp, queue: QueueId, entry: Entry, delay: Duration) {
+        let due = (!delay.is_zero()).then(|| now + delay);
+        let old = entry.record;
+        let mut entries = [(queue, entry)];
+        // A log that refuses keeps the message as it was before this attempt,
+        // which a crash then does not count; it goes on here all the same.
+        let _ = self.keep(now, old, &mut entries, due);
+        let [(_, entry)] = entries;
+        self.with_queue(now, queue, |queue, _| queue.take_back(now, entry, due));
     }
 
     /// Stops handing out to a consumer: what it has not seen goes back. Returns
@@ -210,12 +234,14 @@ impl State {
         };
         let before = queue.core.bytes();
         let mut dead = Vec::new();
+        let mut newest = None;
         while let Some(assigned) = queue.core.assign(now, &mut dead, |c| {
             consumers.get(&c).is_some_and(|c| c.credit > 0)
         }) {
             let Some(consumer) = consumers.get_mut(&assigned.consumer) else {
                 break;
             };
+            newest = newest.max(assigned.record);
             consumer.credit -= 1;
             consumer.outbox.push(Outgoing {
                 queue: id,
@@ -233,6 +259,9 @@ impl State {
             }
         }
         self.bytes = self.bytes + queue.core.bytes() - before;
+        if let Some(record) = newest {
+            self.note_handed(id, record);
+        }
         self.bury(now, id, dead);
     }
 

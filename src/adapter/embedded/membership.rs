@@ -156,6 +156,7 @@ impl State {
         };
         group.rebalance(&counts);
         let members: Vec<ConsumerId> = group.members().collect();
+        let mut started = Vec::new();
         for member in members {
             let Some(reader) = readers.get(&member) else {
                 continue;
@@ -170,8 +171,12 @@ impl State {
                     && let Some(log) = stream.core.partition(key.1)
                 {
                     cursor.start(start(reader, &stream.name, key.1, log));
+                    started.push(key);
                 }
             }
+        }
+        for key in started {
+            self.note_moved(name, key);
         }
         self.wake_group(name);
     }

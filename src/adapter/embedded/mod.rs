@@ -9,9 +9,18 @@
 //!                     queue / stream / group (pure)
 //! ```
 //!
-//! All state is stepped under one lock, a batch at a time. It keeps everything
-//! in memory and refuses to be a cluster: nothing is replicated, nothing is
-//! written to a disk.
+//! All state is stepped under one lock, a batch at a time, and all of it is in
+//! memory. With a journal ([`EmbeddedConfig::journal`]) each change is also
+//! written, under that lock, to one of two logs on disk (`log`, `record`,
+//! `durable`), from which `recovery` rebuilds the state before
+//! [`MessageBroker::connect`] returns. It refuses to be a cluster: nothing is
+//! replicated.
+//!
+//! What a crash (kill -9) may do, with a journal: acks, retries, positions and
+//! deliveries that were not synced, those of the last milliseconds, happen again,
+//! marked as redelivered; so may up to a few hundred messages of a queue be
+//! marked that were not handed out. Transient messages of that time may be lost.
+//! Queues that are exclusive or not durable stay in memory alone.
 //!
 //! Options that speak of a wire, a session or a cluster hold trivially here and
 //! are accepted: compression (nothing is written that could be compressed),
@@ -23,11 +32,13 @@ mod arguments;
 mod clock;
 mod config;
 mod consumer;
+mod durable;
 mod event_stream;
 mod graves;
 mod group;
 mod handing;
 mod lease;
+mod log;
 mod membership;
 mod positions;
 mod publisher;
@@ -36,9 +47,14 @@ mod queues;
 mod rate;
 mod reader;
 mod reading;
+mod record;
+#[cfg(feature = "journal")]
+mod recovery;
 mod routing;
 mod shared;
 mod state;
+#[cfg(feature = "journal")]
+mod store;
 mod stream;
 mod streams;
 mod task_queue;
@@ -63,7 +79,7 @@ use crate::{
     topology::{Topology, TopologyReport},
 };
 
-pub use config::EmbeddedConfig;
+pub use config::{EmbeddedConfig, JournalConfig};
 
 /// The embedded broker.
 pub struct EmbeddedBroker {
@@ -88,11 +104,36 @@ impl EmbeddedBroker {
     /// # Errors
     /// `OPERATION_CANCELED` after close; a queue or topic whose options are
     /// wrong.
-    #[allow(clippy::unused_async)]
     pub async fn topology(&self, apply: bool) -> Result<TopologyReport> {
         self.shared.usable()?;
         self.shared
-            .step(|state, now| state.check_topology(now, apply))
+            .durably(|state, now| state.check_topology(now, apply))
+            .await
+    }
+
+    /// Brings back what the journal holds, and makes what the topology names.
+    async fn open(&self) -> Result<()> {
+        let shared = &self.shared;
+        shared.config.validate()?;
+        #[cfg(feature = "journal")]
+        if let Some(settings) = &shared.config.journal {
+            // Once, also when two connect at the same time.
+            let open = || async {
+                let (store, found) = store::Store::open(settings.clone()).await?;
+                shared.step(|state, now| state.restore(now, &store, found));
+                Ok::<_, crate::error::Error>(store)
+            };
+            shared.store.get_or_try_init(open).await?;
+        }
+        let made = shared.durably(|state, now| {
+            state.check_topology(now, true)?;
+            if state.queue_log.is_durable() {
+                // Before a full journal can refuse it.
+                state.declare_graveyard(now)?;
+            }
+            Ok(())
+        });
+        made.await
     }
 }
 
@@ -115,11 +156,7 @@ impl MessageBroker for EmbeddedBroker {
             return Ok(());
         }
         shared.recorder.connection_attempts.inc();
-        let made = shared.config.validate().and_then(|()| {
-            shared
-                .step(|state, now| state.check_topology(now, true))
-                .map(drop)
-        });
+        let made = self.open().await;
         if let Err(error) = made {
             shared.recorder.connection_failures.inc();
             return Err(error);
@@ -153,13 +190,22 @@ impl MessageBroker for EmbeddedBroker {
         });
         shared.tasks.close();
         shared.tasks.wait().await;
+        #[cfg(feature = "journal")]
+        if let Some(store) = shared.store.get() {
+            store.close().await?;
+        }
         Ok(())
     }
 
     async fn health_check(&self) -> Result<()> {
         self.shared.usable()?;
         // Takes the lock, so that a broker that is stuck does not say it is well.
-        self.shared.step(|_, _| Ok(()))
+        self.shared.step(|_, _| ());
+        #[cfg(feature = "journal")]
+        if let Some(store) = self.shared.store.get() {
+            store.health()?;
+        }
+        Ok(())
     }
 
     fn connection(&self) -> watch::Receiver<ConnectionState> {
@@ -198,7 +244,7 @@ impl MessageBroker for EmbeddedBroker {
         messages: Vec<Arc<Message>>,
         options: &PublishOptions,
     ) -> Vec<Result<Receipt>> {
-        publisher::publish_batch(&self.shared, topic, messages, options)
+        publisher::publish_batch(&self.shared, topic, messages, options).await
     }
 
     async fn subscribe(
@@ -226,7 +272,9 @@ impl MessageBroker for EmbeddedBroker {
 
     async fn ensure(&self, source: &Source) -> Result<()> {
         self.shared.usable()?;
-        self.shared.step(|state, now| state.ensure(now, source))
+        self.shared
+            .durably(|state, now| state.ensure(now, source))
+            .await
     }
 }
 

@@ -27,11 +27,13 @@ impl State {
                 starts.push(((stream, p), self.locate(stream, p, reset)?));
             }
         }
-        let group = self.groups.entry(name.to_owned()).or_default();
+        self.groups.entry(name.to_owned()).or_default();
         for (key, at) in starts {
+            let group = self.groups.entry(name.to_owned()).or_default();
             let cursor = group.cursor_or_new(key);
             if cursor.committed().is_none() {
                 cursor.start(at);
+                self.note_moved(name, key);
             }
         }
         Ok(())
@@ -53,7 +55,10 @@ impl State {
             )
             .at(BrokerType::InMemory));
         }
-        self.groups.remove(name);
+        if let Some(group) = self.groups.remove(name) {
+            let records = group.records(None).collect::<Vec<_>>();
+            self.stream_log.remove(&records);
+        }
         Ok(())
     }
 
@@ -70,6 +75,7 @@ impl State {
             .or_default()
             .cursor_or_new(key)
             .commit_to(next);
+        self.note_moved(group, key);
         self.wake_group(group);
         Ok(())
     }
@@ -88,9 +94,13 @@ impl State {
         let targets = partitions
             .map(|p| Ok(((stream, p), self.locate(stream, p, to)?)))
             .collect::<Result<Vec<_>>>()?;
-        let state = self.groups.entry(group.to_owned()).or_default();
         for (key, at) in targets {
-            state.cursor_or_new(key).seek(at);
+            self.groups
+                .entry(group.to_owned())
+                .or_default()
+                .cursor_or_new(key)
+                .seek(at);
+            self.note_moved(group, key);
         }
         self.wake_group(group);
         Ok(())

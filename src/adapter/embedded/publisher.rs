@@ -1,10 +1,12 @@
-//! Publishing: lanes, and batches straight into the state.
+//! Publishing: lanes, and batches straight into the state. A persistent message
+//! is confirmed when the journal has synced it, where there is one.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, mem, sync::Arc};
 
 use tokio::time::Instant;
 
 use super::{
+    durable::Mark,
     group::StreamId,
     routing,
     shared::Shared,
@@ -58,8 +60,11 @@ pub(super) fn open_lane(
     Ok(lane)
 }
 
-/// Publishes a batch under one lock.
-pub(super) fn publish_batch(
+/// Publishes a batch under one lock, and waits until it is synced.
+///
+/// # Cancel safety
+/// Dropping the future abandons the answers, not the messages.
+pub(super) async fn publish_batch(
     shared: &Shared,
     topic: &Topic,
     messages: Vec<Arc<Message>>,
@@ -80,7 +85,7 @@ pub(super) fn publish_batch(
         .collect();
     let bytes: usize = prepared.iter().flatten().map(|m| m.payload.len()).sum();
     let order = OrderKey::Publisher(0);
-    let fates: Vec<Fate> = shared.step(|state, now| {
+    let (mut fates, mark): (Vec<Fate>, Mark) = shared.step_marked(|state, now| {
         let target = state.resolve(now, topic, &way);
         let marks = state.no_marks.clone();
         let fates = prepared
@@ -93,7 +98,18 @@ pub(super) fn publish_batch(
         state.pump_target(now, &target);
         fates
     });
-    count(shared, bytes as u64, &fates, began);
+    let waits = prepared
+        .iter()
+        .flatten()
+        .any(|message| options.confirm && message.is_persistent());
+    if waits && let Err(error) = shared.synced(mark, ErrorCode::PublishFailed).await {
+        for (fate, message) in fates.iter_mut().zip(&prepared) {
+            if message.as_ref().is_ok_and(|m| m.is_persistent()) {
+                doubt(fate, &error);
+            }
+        }
+    }
+    count(shared, bytes as u64, fates.iter(), began);
     ids.into_iter()
         .zip(fates)
         .map(|(id, fate)| match fate {
@@ -118,47 +134,48 @@ pub(super) fn publish_batch(
 }
 
 async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: LanePort) {
+    let mut unsynced = Unsynced::default();
+    // A submitter that keeps to its window never meets this.
+    let bound = port.confirmations.max_capacity();
     loop {
         let batch = tokio::select! {
             biased;
             () = shared.closed.cancelled() => break,
-            batch = port.submissions.recv() => batch,
+            synced = shared.synced(unsynced.first(), ErrorCode::PublishFailed),
+                if !unsynced.batches.is_empty() =>
+            {
+                if !unsynced.answer(shared, &port, synced.err()).await {
+                    return;
+                }
+                continue;
+            }
+            batch = port.submissions.recv(), if unsynced.messages < bound => batch,
         };
-        let Some(mut batch) = batch else { return };
+        let Some(mut batch) = batch else {
+            unsynced.answer_all(shared, &port).await;
+            return;
+        };
         while let Ok(more) = port.submissions.try_recv() {
             batch.extend(more);
         }
         let began = Instant::now();
-        let bytes: usize = batch.iter().map(|s| s.message.payload.len()).sum();
-        let mut tokens = Vec::with_capacity(batch.len());
-        let fates = shared.step(|state, now| {
-            let target = state.resolve(now, topic, way);
-            let fates: Vec<Fate> = batch
-                .into_iter()
-                .map(|submission| {
-                    let Submission {
-                        token,
-                        message,
-                        order,
-                        marks,
-                        ..
-                    } = submission;
-                    tokens.push(token);
-                    let marks = state.shared_marks(marks);
-                    state.accept(now, &target, &message, &marks, &order)
-                })
-                .collect();
-            state.pump_target(now, &target);
-            fates
-        });
-        count(shared, bytes as u64, &fates, began);
-        for (token, fate) in tokens.into_iter().zip(fates) {
-            if !answer(shared, &port, Confirmation { token, fate }).await {
+        let (mut now, mut later) = write(shared, topic, way, batch, began);
+        if later.mark.is_nothing() && unsynced.batches.is_empty() {
+            count(shared, 0, later.answers.iter().map(|c| &c.fate), began);
+            now.append(&mut later.answers);
+        }
+        unsynced.push(later);
+        for confirmation in now {
+            if !answer(shared, &port, confirmation).await {
                 return;
             }
         }
     }
-    // Closed: what still waits was never written.
+    // Closed: what was written is answered when it is synced, what still waits
+    // was never written.
+    if !unsynced.answer_all(shared, &port).await {
+        return;
+    }
     port.submissions.close();
     while let Some(batch) = port.submissions.recv().await {
         for submission in batch {
@@ -170,6 +187,115 @@ async fn run_lane(shared: &Arc<Shared>, topic: &Topic, way: &Way, mut port: Lane
                 return;
             }
         }
+    }
+}
+
+/// Writes a batch under one lock: the answers that wait for nothing, and those
+/// that wait, in their order, for the journal.
+fn write(
+    shared: &Shared,
+    topic: &Topic,
+    way: &Way,
+    batch: Vec<Submission>,
+    began: Instant,
+) -> (Vec<Confirmation>, Written) {
+    let bytes: usize = batch.iter().map(|s| s.message.payload.len()).sum();
+    let ((now, answers), mark) = shared.step_marked(|state, now| {
+        let target = state.resolve(now, topic, way);
+        let mut answers = (Vec::new(), Vec::new());
+        for submission in batch {
+            let Submission {
+                token,
+                message,
+                order,
+                marks,
+                confirm,
+            } = submission;
+            let marks = state.shared_marks(marks);
+            let fate = state.accept(now, &target, &message, &marks, &order);
+            let confirmation = Confirmation { token, fate };
+            if confirm && message.is_persistent() {
+                answers.1.push(confirmation);
+            } else {
+                answers.0.push(confirmation);
+            }
+        }
+        state.pump_target(now, &target);
+        answers
+    });
+    count(shared, bytes as u64, now.iter().map(|c| &c.fate), began);
+    let written = Written {
+        mark,
+        answers,
+        began,
+    };
+    (now, written)
+}
+
+/// What a lane has written and the journal has not synced, in that order.
+#[derive(Default)]
+struct Unsynced {
+    batches: VecDeque<Written>,
+    messages: usize,
+}
+
+/// The messages of one step.
+struct Written {
+    mark: Mark,
+    answers: Vec<Confirmation>,
+    began: Instant,
+}
+
+impl Unsynced {
+    fn push(&mut self, written: Written) {
+        if !written.answers.is_empty() {
+            self.messages += written.answers.len();
+            self.batches.push_back(written);
+        }
+    }
+
+    /// What must be synced for the oldest batch.
+    fn first(&self) -> Mark {
+        self.batches.front().map(|b| b.mark).unwrap_or_default()
+    }
+
+    /// Answers the oldest batch, which is synced, or never will be for `failed`;
+    /// false when nobody wants answers any more.
+    async fn answer(&mut self, shared: &Shared, port: &LanePort, failed: Option<Error>) -> bool {
+        let Some(mut batch) = self.batches.pop_front() else {
+            return true;
+        };
+        self.messages -= batch.answers.len();
+        if let Some(error) = failed {
+            for confirmation in &mut batch.answers {
+                doubt(&mut confirmation.fate, &error);
+            }
+        }
+        let fates = batch.answers.iter().map(|c| &c.fate);
+        count(shared, 0, fates, batch.began);
+        for confirmation in mem::take(&mut batch.answers) {
+            if !answer(shared, port, confirmation).await {
+                return false;
+            }
+        }
+        true
+    }
+
+    async fn answer_all(&mut self, shared: &Shared, port: &LanePort) -> bool {
+        while !self.batches.is_empty() {
+            let synced = shared.synced(self.first(), ErrorCode::PublishFailed).await;
+            if !self.answer(shared, port, synced.err()).await {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+/// What was taken in and may not survive is neither confirmed nor refused.
+fn doubt(fate: &mut Fate, error: &Error) {
+    if matches!(fate, Fate::Confirmed(_)) {
+        *fate = Fate::Unknown(error.clone());
     }
 }
 
@@ -257,14 +383,13 @@ impl State {
         order: &OrderKey,
     ) -> Fate {
         match target {
-            Err(error) => Fate::Refused(error.clone()),
+            Err(error) if error.is_refusal() => Fate::Refused(error.clone()),
+            // It could not be made now, which may pass.
+            Err(error) => Fate::Overloaded(error.clone()),
             Ok(Target::Nowhere) => Fate::Confirmed(None),
             Ok(Target::Stream(id)) => self.append(now, *id, message, marks, order),
             Ok(Target::Queues(queues, key)) => {
-                match self.enqueue(now, queues, message, marks, key.as_ref()) {
-                    Ok(()) => Fate::Confirmed(None),
-                    Err(error) => Fate::Overloaded(error),
-                }
+                self.enqueue(now, queues, message, marks, key.as_ref())
             }
         }
     }
@@ -370,12 +495,12 @@ fn prepare(
     Ok(message)
 }
 
-fn count(shared: &Shared, bytes: u64, fates: &[Fate], began: Instant) {
-    let messages = fates.len() as u64;
-    let good = fates
-        .iter()
-        .filter(|f| matches!(f, Fate::Confirmed(_)))
-        .count() as u64;
+fn count<'a>(shared: &Shared, bytes: u64, fates: impl Iterator<Item = &'a Fate>, began: Instant) {
+    let (mut messages, mut good) = (0, 0);
+    for fate in fates {
+        messages += 1;
+        good += u64::from(matches!(fate, Fate::Confirmed(_)));
+    }
     let recorder = &shared.recorder;
     recorder.messages_published.add(messages);
     recorder.bytes_published.add(bytes);

@@ -2,8 +2,9 @@
 //! out. It knows nothing of other queues, channels or clocks; where dead
 //! letters go is its owner's business.
 //!
-//! Every change is one of few operations (append, assign, ack, requeue, retry,
-//! remove, tick), so that a log of them rebuilds the queue.
+//! Every change is one of few operations (append, assign, remove, requeue, fail,
+//! take back, tick). A message carries where it lies in the log, so that its
+//! owner can take it away there.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -11,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use super::rate::Rate;
+use super::{log::RecordId, rate::Rate};
 use crate::{
     broker::QueueOptions,
     error::{Error, ErrorCode, Result},
@@ -39,6 +40,8 @@ pub(super) struct Entry {
     pub(super) bytes: u64,
     /// How often it was handed out.
     pub(super) deliveries: u32,
+    /// Where it lies in the log, if it does.
+    pub(super) record: Option<RecordId>,
 }
 
 /// A message that leaves for the dead letters.
@@ -55,6 +58,7 @@ pub(super) struct Assigned {
     pub(super) seq: Seq,
     pub(super) message: Arc<Message>,
     pub(super) marks: Arc<Marks>,
+    pub(super) record: Option<RecordId>,
 }
 
 /// What happens to a publish, or to the oldest message, at the bound.
@@ -250,6 +254,7 @@ impl Queue {
             seq: place.1,
             message: entry.message.clone(),
             marks: entry.marks.clone(),
+            record: entry.record,
         };
         self.unacked.insert(
             place.1,
@@ -260,11 +265,6 @@ impl Queue {
             },
         );
         Some(assigned)
-    }
-
-    /// The message is done.
-    pub(super) fn ack(&mut self, seq: Seq) -> bool {
-        self.remove(seq).is_some()
     }
 
     /// Takes a handed-out message away, for good or to move it.
@@ -304,29 +304,44 @@ impl Queue {
         true
     }
 
-    /// Gives a message back after a rest, with its attempt counted. It comes
-    /// again behind what is ready then.
-    pub(super) fn retry(
-        &mut self,
-        now: Timestamp,
-        seq: Seq,
-        delay: Duration,
-        failure: Failure,
-    ) -> bool {
-        let Some(mut entry) = self.remove(seq) else {
-            return false;
-        };
+    /// Takes a handed-out message away to try it again, with its attempt
+    /// counted.
+    pub(super) fn fail(&mut self, seq: Seq, failure: Failure) -> Option<Entry> {
+        let mut entry = self.remove(seq)?;
         let message = Arc::make_mut(&mut entry.message);
         message.retry_count = message.retry_count.saturating_add(1);
         message.state = MessageState::Failed;
         message.error = Some(failure.details.clone());
         Arc::make_mut(&mut entry.marks).failure = Some(failure);
-        if delay.is_zero() {
-            self.make_ready(now, entry);
-        } else {
-            self.rest(entry, now + delay);
+        Some(entry)
+    }
+
+    /// Takes a message back after [`Queue::fail`], at once or after a rest. It
+    /// comes again behind what is ready then.
+    pub(super) fn take_back(&mut self, now: Timestamp, entry: Entry, due: Option<Timestamp>) {
+        match due {
+            None => self.make_ready(now, entry),
+            Some(due) => self.rest(entry, due),
         }
-        true
+    }
+
+    /// Takes a message in that was here before a restart: ready since `ready`,
+    /// or resting until then. Nothing is refused, dropped or counted.
+    #[cfg(feature = "journal")]
+    pub(super) fn restore(&mut self, now: Timestamp, entry: Entry, ready: Timestamp, rests: bool) {
+        if rests && ready > now {
+            self.rest(entry, ready);
+        } else {
+            self.make_ready(ready, entry);
+        }
+    }
+
+    /// Where its messages lie in the log.
+    pub(super) fn records(&self) -> impl Iterator<Item = RecordId> {
+        let ready = self.ready.values().map(|r| &r.entry);
+        let delayed = self.delayed.values().map(|d| &d.entry);
+        let unacked = self.unacked.values().map(|u| &u.entry);
+        ready.chain(delayed).chain(unacked).filter_map(|e| e.record)
     }
 
     /// Everything that time brings: rests that end, messages that expire.
@@ -420,9 +435,11 @@ impl Queue {
         self.last_used = now;
     }
 
-    /// Deletes what is ready and says how many that were.
-    pub(super) fn purge(&mut self) -> u64 {
+    /// Deletes what is ready and says how many that were; `gone` gets where
+    /// they lay in the log.
+    pub(super) fn purge(&mut self, gone: &mut Vec<RecordId>) -> u64 {
         let n = self.ready_len();
+        gone.extend(self.ready.values().filter_map(|r| r.entry.record));
         self.ready.clear();
         self.expiring.clear();
         self.ready_bytes = 0;
@@ -526,7 +543,7 @@ impl Queue {
 }
 
 /// When a message may be handed out first, if it says so.
-fn scheduled(message: &Message) -> Option<Timestamp> {
+pub(super) fn scheduled(message: &Message) -> Option<Timestamp> {
     message.task.as_ref().and_then(|task| task.scheduled_at)
 }
 

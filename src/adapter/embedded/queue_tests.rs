@@ -18,6 +18,7 @@ fn entry(message: Message) -> Entry {
         marks: Arc::default(),
         routing_key: None,
         deliveries: 0,
+        record: None,
     }
 }
 
@@ -309,8 +310,8 @@ proptest! {
                     *credit.get_mut(&holder[&seq]).unwrap() += 1;
                     match step {
                         Step::Ack(_) => {
-                            prop_assert!(q.ack(seq));
-                            prop_assert!(!q.ack(seq));
+                            prop_assert!(q.remove(seq).is_some());
+                            prop_assert!(q.remove(seq).is_none());
                             done.push(name);
                         }
                         Step::Requeue(_) => {
@@ -319,7 +320,9 @@ proptest! {
                         }
                         Step::Retry(_, delay) => {
                             let failure = Failure::now("e", "", "q", None);
-                            prop_assert!(q.retry(at(model.now), seq, Duration::from_millis(delay), failure));
+                            let failed = q.fail(seq, failure).unwrap();
+                            let due = (delay > 0).then(|| at(model.now) + Duration::from_millis(delay));
+                            q.take_back(at(model.now), failed, due);
                             if delay == 0 {
                                 model.ready(priority, name, expires);
                             } else {

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use super::{
     arguments::differences,
+    durable::Handed,
     queue::{ConsumerId, Dead, Entry, OVERFLOW, Overflow, Queue},
+    record::Record,
     state::{NamedQueue, QueueId, State},
 };
 use crate::{
-    broker::{BrokerType, QueueOptions, QueueStats},
+    broker::{BrokerType, Fate, QueueOptions, QueueStats},
     error::{Error, ErrorCode, Result},
     message::{Message, Timestamp, wire::Marks},
     topic::Topic,
@@ -41,7 +43,7 @@ impl State {
     /// Makes a queue, or checks that it is as asked.
     ///
     /// # Errors
-    /// `QUEUE_DECLARE_FAILED` that names what differs.
+    /// `QUEUE_DECLARE_FAILED` that names what differs, or why it cannot be kept.
     pub(super) fn declare_queue(
         &mut self,
         now: Timestamp,
@@ -75,6 +77,20 @@ impl State {
         }
         let core = Queue::new(now, options.clone(), self.config.max_messages)
             .map_err(|e| failed(e.message().to_owned()))?;
+        let record = if self.keeps(options) {
+            let record = Record::Queue {
+                name: name.as_str().to_owned(),
+                options: options.clone(),
+            };
+            let written = self.queue_log.write(vec![record.encode()], &[]);
+            Some(written.map_err(|refused| {
+                refused
+                    .error(ErrorCode::QueueDeclareFailed)
+                    .on(name.as_str())
+            })?)
+        } else {
+            None
+        };
         let id = self.fresh_id();
         self.arm(core.next_due());
         self.queues.insert(
@@ -82,6 +98,8 @@ impl State {
             NamedQueue {
                 name: name.clone(),
                 core,
+                record,
+                handed: Handed::default(),
             },
         );
         self.queue_names.insert(name.clone(), id);
@@ -107,6 +125,11 @@ impl State {
         };
         self.bytes -= queue.core.bytes();
         self.queue_names.remove(&queue.name);
+        // The declaration first: without it the rest belongs to nobody, so a
+        // crash in between deletes the queue all the same.
+        let first = queue.record.into_iter().chain(queue.handed.record);
+        let records = first.chain(queue.core.records()).collect::<Vec<_>>();
+        self.queue_log.remove(&records);
         for consumer in self.consumers.values_mut() {
             consumer.queues.retain(|q| *q != id);
             let before = consumer.outbox.len();
@@ -117,8 +140,10 @@ impl State {
 
     /// Deletes what is ready in a queue and says how many messages that were.
     pub(super) fn purge_queue(&mut self, now: Timestamp, id: QueueId) -> u64 {
-        self.with_queue(now, id, |queue, _| queue.purge())
-            .unwrap_or(0)
+        let mut gone = Vec::new();
+        let purged = self.with_queue(now, id, |queue, _| queue.purge(&mut gone));
+        self.queue_log.remove(&gone);
+        purged.unwrap_or(0)
     }
 
     /// The state of a queue.
@@ -140,9 +165,6 @@ impl State {
     }
 
     /// Puts a message into queues. All take it, or none does.
-    ///
-    /// # Errors
-    /// `PUBLISH_FAILED` when a queue, or the broker, is full.
     pub(super) fn enqueue(
         &mut self,
         now: Timestamp,
@@ -150,11 +172,13 @@ impl State {
         message: &Arc<Message>,
         marks: &Arc<Marks>,
         routing_key: Option<&Arc<str>>,
-    ) -> Result<()> {
+    ) -> Fate {
         let bytes = cost(message);
-        self.check_room(bytes * targets.len() as u64)?;
+        if let Err(full) = self.check_room(bytes * targets.len() as u64) {
+            return Fate::Overloaded(full);
+        }
         for id in targets {
-            let Some(queue) = self.queues.get_mut(id) else {
+            let Some(queue) = self.queues.get(id) else {
                 continue;
             };
             let Some(why) = queue.core.refuses(bytes) else {
@@ -175,16 +199,22 @@ impl State {
                 };
                 self.bury(now, *id, vec![dead]);
             }
-            return Err(full);
+            return Fate::Overloaded(full);
         }
-        for id in targets {
-            let Some(name) = self.queues.get(id).map(|q| q.name.clone()) else {
-                continue;
-            };
-            let entry = entry_for(&name, message, marks, routing_key);
-            self.with_queue(now, *id, |queue, dead| queue.append(now, entry, dead));
+        let mut entries: Vec<(QueueId, Entry)> = targets
+            .iter()
+            .filter_map(|id| {
+                let name = &self.queues.get(id)?.name;
+                Some((*id, entry_for(name, message, marks, routing_key)))
+            })
+            .collect();
+        if let Err(refused) = self.keep(now, None, &mut entries, None) {
+            return refused.fate();
         }
-        Ok(())
+        for (id, entry) in entries {
+            self.with_queue(now, id, |queue, dead| queue.append(now, entry, dead));
+        }
+        Fate::Confirmed(None)
     }
 
     /// Whether `bytes` more fit into the broker.
@@ -277,6 +307,7 @@ pub(super) fn entry_for(
         routing_key: routing_key.cloned(),
         bytes,
         deliveries: 0,
+        record: None,
     }
 }
 

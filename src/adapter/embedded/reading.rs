@@ -48,10 +48,16 @@ impl State {
         // Each partition gets its share before any gets more.
         let share = room.div_ceil(keys.len());
         let mut batch = Batch::default();
+        let group = self.readers.get(&id).and_then(|r| r.group.clone());
         for pass in [share, room] {
             for key in &keys {
                 let take = pass.min(room - batch.taken.len());
                 self.fetch_from(id, *key, take, &mut batch);
+                // Also what is only handed out, so that it is known after a
+                // crash to be handed out again.
+                if let Some(group) = &group {
+                    self.note_moved(group, *key);
+                }
             }
             if batch.taken.len() >= room || batch.full {
                 break;
@@ -275,6 +281,7 @@ impl State {
         } else {
             cursor.give_back(held.offset, held.epoch)
         };
+        self.note_moved(group, (held.stream, held.partition));
         if known { result } else { Err(stale()) }
     }
 

@@ -12,7 +12,9 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{clock::Clock, config::EmbeddedConfig, state::State};
+#[cfg(feature = "journal")]
+use super::store::Store;
+use super::{clock::Clock, config::EmbeddedConfig, durable::Mark, state::State};
 use crate::{
     broker::{BrokerType, ConnectionState},
     error::{Error, ErrorCode, Result},
@@ -33,6 +35,9 @@ pub(super) struct Shared {
     pub(super) topology: Arc<Topology>,
     pub(super) config: EmbeddedConfig,
     pub(super) connection: watch::Sender<ConnectionState>,
+    /// The journals, once connected, where there are any.
+    #[cfg(feature = "journal")]
+    pub(super) store: tokio::sync::OnceCell<Store>,
 }
 
 impl Shared {
@@ -53,16 +58,29 @@ impl Shared {
             topology,
             config,
             connection: watch::channel(ConnectionState::default()).0,
+            #[cfg(feature = "journal")]
+            store: tokio::sync::OnceCell::new(),
         }
     }
 
     /// One step of the state, under its lock; wakes whom it woke afterwards.
     pub(super) fn step<R>(&self, step: impl FnOnce(&mut State, Timestamp) -> R) -> R {
+        self.step_marked(step).0
+    }
+
+    /// One step of the state, and what it wrote to the logs.
+    pub(super) fn step_marked<R>(
+        &self,
+        step: impl FnOnce(&mut State, Timestamp) -> R,
+    ) -> (R, Mark) {
         let now = self.clock.now();
         // A panic inside a step is a bug, but one that must not take every
         // queue of the process with it.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = state.mark();
         let result = step(&mut state, now);
+        state.flush();
+        let mark = state.mark().since(before);
         let (wakes, rearm) = state.take_wakes();
         drop(state);
         for wake in wakes {
@@ -71,7 +89,50 @@ impl Shared {
         if rearm {
             self.timer.notify_one();
         }
-        result
+        (result, mark)
+    }
+
+    /// One step of the state that is answered when it survives a restart.
+    ///
+    /// # Errors
+    /// Those of the step; `BROKER_UNAVAILABLE` with an unknown outcome when the
+    /// journal fails before it is synced.
+    ///
+    /// # Cancel safety
+    /// The step is done before the first await.
+    pub(super) async fn durably<R>(
+        &self,
+        step: impl FnOnce(&mut State, Timestamp) -> Result<R>,
+    ) -> Result<R> {
+        let (result, mark) = self.step_marked(step);
+        let value = result?;
+        self.synced(mark, ErrorCode::BrokerUnavailable).await?;
+        Ok(value)
+    }
+
+    /// Waits until what a step wrote is synced.
+    ///
+    /// # Errors
+    /// The code given, with an unknown outcome: the journal failed before.
+    ///
+    /// # Cancel safety
+    /// Dropping the future abandons only the waiting.
+    pub(super) async fn synced(&self, mark: Mark, code: ErrorCode) -> Result<()> {
+        if mark.is_nothing() {
+            return Ok(());
+        }
+        #[cfg(feature = "journal")]
+        if let Some(store) = self.store.get() {
+            store.synced(mark).await.map_err(|cause| {
+                Error::unknown(
+                    code,
+                    format!("it was written and may be lost with this process: {cause}"),
+                )
+                .at(BrokerType::InMemory)
+            })?;
+        }
+        let _ = code;
+        Ok(())
     }
 
     /// The broker's now.

@@ -12,7 +12,9 @@ use tokio::sync::Notify;
 
 use super::{
     config::EmbeddedConfig,
-    group::{Group, StreamId},
+    durable::Handed,
+    group::{Group, PartitionKey, StreamId},
+    log::{Log, RecordId},
     queue::{ConsumerId, Queue, Seq},
     reader::Reader,
     streams::NamedStream,
@@ -46,6 +48,14 @@ pub(super) struct State {
     pub(super) next_id: u64,
     /// The marks of messages that have none, shared.
     pub(super) no_marks: Arc<Marks>,
+    /// Where queues and their messages are written.
+    pub(super) queue_log: Log,
+    /// Where streams, their messages and the positions of groups are written.
+    pub(super) stream_log: Log,
+    /// What left the queues in this step, to be taken from their log.
+    pub(super) done: Vec<RecordId>,
+    /// Positions that moved in this step, to be written once.
+    pub(super) moved: Vec<(String, PartitionKey)>,
     /// Whom to wake after this step.
     pub(super) wakes: Vec<Arc<Notify>>,
     /// When the timer is to run next, as it was last told.
@@ -58,6 +68,9 @@ pub(super) struct State {
 pub(super) struct NamedQueue {
     pub(super) name: Topic,
     pub(super) core: Queue,
+    /// Its declaration in the log, where it survives restarts.
+    pub(super) record: Option<RecordId>,
+    pub(super) handed: Handed,
 }
 
 /// A consumer of queues.
@@ -128,6 +141,10 @@ impl State {
             bytes: 0,
             next_id: 1,
             no_marks: Arc::new(Marks::default()),
+            queue_log: Log::default(),
+            stream_log: Log::default(),
+            done: Vec::new(),
+            moved: Vec::new(),
             wakes: Vec::new(),
             armed: None,
             rearm: false,

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use super::log::RecordId;
 use crate::{
     broker::TopicOptions,
     error::{Error, ErrorCode, Result},
@@ -37,19 +38,37 @@ pub(super) struct Partition {
     appended_bytes: u64,
     /// Up to where it was compacted.
     compacted: i64,
+    /// Where in the log what was dropped lies, until it is taken away there.
+    pub(super) dropped: Vec<RecordId>,
+    /// Where the log says from where an empty partition goes on.
+    pub(super) base_record: Option<RecordId>,
 }
+
+/// Where and when a message is appended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct At {
+    pub(super) partition: i32,
+    pub(super) appended: Timestamp,
+    /// Where it lies in the log, if it does.
+    pub(super) record: Option<RecordId>,
+}
+
+/// A message as it is kept.
+pub(super) type Kept = (Arc<Message>, Arc<Marks>);
 
 /// One message of a log.
 #[derive(Debug)]
 struct Record {
     /// None once compacted away; its offset stays.
-    content: Option<(Arc<Message>, Arc<Marks>)>,
+    content: Option<Kept>,
     bytes: u64,
     appended: Timestamp,
     /// The latest message time up to here, by which times are looked up.
     latest: Timestamp,
     /// Bytes ever appended before this one.
     before: u64,
+    /// Where it lies in the log, if it does.
+    log: Option<RecordId>,
 }
 
 impl Stream {
@@ -162,33 +181,22 @@ impl Stream {
     /// Appends and returns the offset.
     pub(super) fn append(
         &mut self,
-        now: Timestamp,
-        partition: i32,
+        at: At,
         mut message: Arc<Message>,
         marks: Arc<Marks>,
         bytes: u64,
     ) -> Option<i64> {
         let limit = self.retention_bytes;
-        let log = self.partitions.get_mut(usize::try_from(partition).ok()?)?;
+        let log = self
+            .partitions
+            .get_mut(usize::try_from(at.partition).ok()?)?;
         let before = log.bytes;
         let offset = log.high();
         let own = Arc::make_mut(&mut message);
-        own.partition = Some(partition);
+        own.partition = Some(at.partition);
         own.offset = Some(offset);
         own.redelivered = false;
-        let latest = log
-            .records
-            .back()
-            .map_or(message.timestamp, |r| r.latest.max(message.timestamp));
-        log.records.push_back(Record {
-            content: Some((message, marks)),
-            bytes,
-            appended: now,
-            latest,
-            before: log.appended_bytes,
-        });
-        log.bytes += bytes;
-        log.appended_bytes += bytes;
+        log.push(at, Some((message, marks)), bytes);
         if let Some(limit) = limit {
             while log.bytes > limit && log.records.len() > 1 {
                 log.drop_oldest();
@@ -196,6 +204,57 @@ impl Stream {
         }
         self.bytes = self.bytes + log.bytes - before;
         Some(offset)
+    }
+
+    /// Takes in what a partition held before a restart, oldest first; it goes on
+    /// at `next` or behind its newest message. Nothing is dropped for it.
+    #[cfg(feature = "journal")]
+    pub(super) fn restore(
+        &mut self,
+        partition: i32,
+        records: Vec<(i64, At, Kept, u64)>,
+        next: Option<(i64, RecordId)>,
+    ) {
+        let Some(log) = usize::try_from(partition)
+            .ok()
+            .and_then(|p| self.partitions.get_mut(p))
+        else {
+            return;
+        };
+        log.base = match (records.first(), next) {
+            (Some((offset, ..)), _) => *offset,
+            (None, Some((next, _))) => next,
+            (None, None) => 0,
+        };
+        log.base_record = next.map(|(_, record)| record);
+        for (offset, at, content, bytes) in records {
+            // What was compacted away keeps its offset.
+            while log.high() < offset {
+                log.push(At { record: None, ..at }, None, 0);
+            }
+            if log.high() == offset {
+                log.push(at, Some(content), bytes);
+                self.bytes += bytes;
+            }
+        }
+        log.compacted = log.base;
+    }
+
+    /// The partitions that have dropped something that the log still has.
+    pub(super) fn with_dropped(&mut self) -> impl Iterator<Item = (i32, &mut Partition)> {
+        (0..)
+            .zip(&mut self.partitions)
+            .filter(|(_, p)| !p.dropped.is_empty())
+    }
+
+    /// Where everything that it holds lies in the log.
+    pub(super) fn records(&self) -> impl Iterator<Item = RecordId> {
+        self.partitions.iter().flat_map(|p| {
+            let records = p.records.iter().filter_map(|r| r.log);
+            records
+                .chain(p.dropped.iter().copied())
+                .chain(p.base_record)
+        })
     }
 
     /// Drops what has been kept for long enough.
@@ -287,10 +346,26 @@ impl Partition {
             .get(usize::try_from(offset.checked_sub(self.base)?).ok()?)
     }
 
+    fn push(&mut self, at: At, content: Option<Kept>, bytes: u64) {
+        let latest = self.records.back().map(|r| r.latest);
+        let time = content.as_ref().map(|(message, _)| message.timestamp);
+        self.records.push_back(Record {
+            content,
+            bytes,
+            appended: at.appended,
+            latest: latest.max(time).unwrap_or(at.appended),
+            before: self.appended_bytes,
+            log: at.record,
+        });
+        self.bytes += bytes;
+        self.appended_bytes += bytes;
+    }
+
     fn drop_oldest(&mut self) {
         if let Some(record) = self.records.pop_front() {
             self.base += 1;
             self.bytes -= record.bytes;
+            self.dropped.extend(record.log);
         }
     }
 
@@ -310,6 +385,7 @@ impl Partition {
                 && !seen.insert(key.clone())
             {
                 record.content = None;
+                self.dropped.extend(record.log.take());
                 freed += record.bytes;
                 record.bytes = 0;
             }

@@ -15,7 +15,16 @@ fn add(stream: &mut Stream, now: i64, key: &str, time: i64) -> i64 {
         .with_key(key)
         .with_timestamp(at(time));
     stream
-        .append(at(now), 0, Arc::new(message), Arc::default(), 100)
+        .append(
+            At {
+                partition: 0,
+                appended: at(now),
+                record: None,
+            },
+            Arc::new(message),
+            Arc::default(),
+            100,
+        )
         .unwrap()
 }
 

@@ -3,7 +3,14 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{group::StreamId, queues::cost, state::State, stream::Stream};
+use super::{
+    group::StreamId,
+    log::RecordId,
+    queues::cost,
+    record::{Content, Record},
+    state::State,
+    stream::{At, Stream},
+};
 use crate::{
     broker::{
         BrokerType, Fate, OrderKey, PartitionMetadata, Position, SeekTo, TopicMetadata,
@@ -19,6 +26,8 @@ use crate::{
 pub(super) struct NamedStream {
     pub(super) name: Topic,
     pub(super) core: Stream,
+    /// Its declaration in the log, where there is one.
+    pub(super) record: Option<RecordId>,
 }
 
 impl State {
@@ -40,7 +49,7 @@ impl State {
     /// Makes a stream, or checks that it is as asked.
     ///
     /// # Errors
-    /// `TOPIC_CREATE_FAILED` that names what differs.
+    /// `TOPIC_CREATE_FAILED` that names what differs, or why it cannot be kept.
     pub(super) fn create_stream(&mut self, name: &str, options: &TopicOptions) -> Result<StreamId> {
         let name = Topic::new(name)?;
         let failed = |e: &str| {
@@ -67,12 +76,27 @@ impl State {
         }
         let core = Stream::new(options.clone(), self.config.retention_bytes)
             .map_err(|e| failed(e.message()))?;
+        let record = if self.stream_log.is_durable() {
+            let record = Record::Stream {
+                name: name.as_str().to_owned(),
+                options: options.clone(),
+            };
+            let written = self.stream_log.write(vec![record.encode()], &[]);
+            Some(written.map_err(|refused| {
+                refused
+                    .error(ErrorCode::TopicCreateFailed)
+                    .on(name.as_str())
+            })?)
+        } else {
+            None
+        };
         let id = self.fresh_id();
         self.streams.insert(
             id,
             NamedStream {
                 name: name.clone(),
                 core,
+                record,
             },
         );
         self.stream_names.insert(name, id);
@@ -111,6 +135,16 @@ impl State {
         };
         self.bytes -= stream.core.bytes();
         self.stream_names.remove(&stream.name);
+        // The declaration first: without it the rest belongs to nobody, so a
+        // crash in between deletes the stream all the same.
+        let positions = self.groups.values().flat_map(|g| g.records(Some(id)));
+        let records: Vec<RecordId> = stream
+            .record
+            .into_iter()
+            .chain(stream.core.records())
+            .chain(positions)
+            .collect();
+        self.stream_log.remove(&records);
         for group in self.groups.values_mut() {
             group.forget_stream(id);
         }
@@ -166,8 +200,10 @@ impl State {
             stream.core.make_room(now);
         }
         let held = stream.core.bytes();
+        self.bytes = self.bytes + held - before;
         if held + bytes > bound {
-            self.bytes = self.bytes + held - before;
+            let name = stream.name.clone();
+            self.forget_events(id);
             return Fate::Overloaded(named(
                 Error::new(
                     ErrorCode::PublishFailed,
@@ -175,7 +211,7 @@ impl State {
                         "the stream holds {held} bytes and its bound embedded.max_stream_bytes is {bound}; shorten its retention, set a retention in bytes, or raise the bound"
                     ),
                 ),
-                &stream.name,
+                &name,
             ));
         }
         let mut message = message.clone();
@@ -186,22 +222,58 @@ impl State {
             .core
             .partition(partition)
             .is_none_or(|p| p.low() == p.high());
-        let offset = stream
-            .core
-            .append(now, partition, message, marks.clone(), bytes);
+        let mut record = None;
+        if let Some(declared) = stream.record {
+            let offset = stream.core.partition(partition).map_or(0, |p| p.high());
+            let event = Record::Event {
+                stream: declared,
+                partition,
+                offset,
+                appended: now,
+                content: Content {
+                    message: message.clone(),
+                    marks: marks.clone(),
+                    routing_key: None,
+                },
+            };
+            match self.stream_log.write(vec![event.encode()], &[]) {
+                Ok(written) => record = Some(written),
+                Err(refused) => {
+                    // What made room has left the stream already.
+                    self.forget_events(id);
+                    return refused.fate();
+                }
+            }
+        }
+        let at = At {
+            partition,
+            appended: now,
+            record,
+        };
+        let offset = stream.core.append(at, message, marks.clone(), bytes);
         let after = stream.core.bytes();
         let due = if first { stream.core.next_due() } else { None };
-        self.bytes = self.bytes + after - before;
+        self.bytes = self.bytes + after - held;
         self.arm(due);
+        if held < before || after < held + bytes {
+            self.forget_events(id);
+        }
         Fate::Confirmed(offset.map(|offset| Position { partition, offset }))
     }
 
     /// Drops what streams have kept for long enough.
     pub(super) fn retain_streams(&mut self, now: Timestamp) {
-        for stream in self.streams.values_mut() {
+        let mut shorter = Vec::new();
+        for (id, stream) in &mut self.streams {
             let before = stream.core.bytes();
             stream.core.retain(now);
+            if stream.core.bytes() < before {
+                shorter.push(*id);
+            }
             self.bytes = self.bytes + stream.core.bytes() - before;
+        }
+        for id in shorter {
+            self.forget_events(id);
         }
     }
 

@@ -17,7 +17,8 @@ impl TaskQueueBroker for EmbeddedBroker {
     async fn declare_queue(&self, queue: &Topic, options: &QueueOptions) -> Result<()> {
         self.shared.usable()?;
         self.shared
-            .step(|state, now| state.declare_queue(now, queue, options).map(drop))
+            .durably(|state, now| state.declare_queue(now, queue, options).map(drop))
+            .await
     }
 
     async fn dequeue_task(
@@ -43,19 +44,23 @@ impl TaskQueueBroker for EmbeddedBroker {
 
     async fn purge_queue(&self, queue: &Topic) -> Result<u64> {
         self.shared.usable()?;
-        self.shared.step(|state, now| {
-            let id = state.known_queue(queue)?;
-            Ok(state.purge_queue(now, id))
-        })
+        self.shared
+            .durably(|state, now| {
+                let id = state.known_queue(queue)?;
+                Ok(state.purge_queue(now, id))
+            })
+            .await
     }
 
     async fn delete_queue(&self, queue: &Topic) -> Result<()> {
         self.shared.usable()?;
-        self.shared.step(|state, _| {
-            let id = state.known_queue(queue)?;
-            state.delete_queue(id);
-            Ok(())
-        })
+        self.shared
+            .durably(|state, _| {
+                let id = state.known_queue(queue)?;
+                state.delete_queue(id);
+                Ok(())
+            })
+            .await
     }
 
     async fn dead_letter(
@@ -65,14 +70,16 @@ impl TaskQueueBroker for EmbeddedBroker {
         failure: Failure,
     ) -> Result<()> {
         self.shared.usable()?;
-        self.shared.step(|state, now| {
-            state
-                .dead_letter_message(now, queue, &message, &failure)
-                .map_err(|e| {
-                    Error::new(ErrorCode::DeadLetterFailed, e.message())
-                        .on(queue.as_str())
-                        .with_id(message.id.as_str())
-                })
-        })
+        self.shared
+            .durably(|state, now| {
+                state
+                    .dead_letter_message(now, queue, &message, &failure)
+                    .map_err(|e| {
+                        Error::new(ErrorCode::DeadLetterFailed, e.message())
+                            .on(queue.as_str())
+                            .with_id(message.id.as_str())
+                    })
+            })
+            .await
     }
 }

@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn the_port_of_an_address_is_written_as_a_number() {
+    fn fault_17_the_port_of_an_address_is_written_as_a_number() {
         // Fault 17: the port was printed as one character.
         for port in [1, 80, 5672, 25672, 65535] {
             let config = RabbitMqConfig {

@@ -41,6 +41,8 @@ pub(super) struct Serving<'a> {
     pub(super) acks: Acks,
     pub(super) held: HashMap<u64, Held>,
     pub(super) reroutes: FuturesUnordered<BoxFuture<'static, Rerouted>>,
+    /// How many were given back one by one.
+    pub(super) given_back: usize,
 }
 
 impl Serving<'_> {
@@ -167,6 +169,7 @@ impl Serving<'_> {
 
     async fn give_back(&mut self, tag: u64) -> Result<(), End> {
         self.held.remove(&tag);
+        self.given_back += 1;
         let options = BasicNackOptions {
             multiple: false,
             requeue: true,

@@ -184,7 +184,7 @@ pub(super) async fn every_handle_fails_after_close(f: Fixture) -> Result<(), Fai
         ("publish", published),
         (
             "publish_batch",
-            batch.into_iter().map(|r| r.map(|_| ())).collect(),
+            batch.into_iter().try_for_each(|r| r.map(|_| ())),
         ),
         ("consume", consumed.map(|_| ())),
         ("health_check", healthy),

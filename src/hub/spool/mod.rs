@@ -510,10 +510,10 @@ impl Spool {
                 self.by_priority.remove(&(u8::MAX - priority, seq));
             }
         }
-        if status != Status::InFlight {
-            if let Some(count) = self.fence.get_mut(slot) {
-                *count -= 1;
-            }
+        if status != Status::InFlight
+            && let Some(count) = self.fence.get_mut(slot)
+        {
+            *count -= 1;
         }
     }
 }
