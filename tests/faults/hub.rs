@@ -170,6 +170,10 @@ async fn spawn(folder: &Path) -> (Child, BufReader<ChildStdout>, String) {
             .append(true)
             .open(folder.join("hub.log"))
             .unwrap();
+        #[allow(
+            clippy::zombie_processes,
+            reason = "whoever gets the child waits for it"
+        )]
         let mut child = Command::new(env!("CARGO_BIN_EXE_messaging-hub"))
             .env_clear()
             .args(["serve", "--http", "127.0.0.1:0", "--config"])

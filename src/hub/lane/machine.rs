@@ -21,7 +21,7 @@
 //! already written on this same lane.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -149,6 +149,10 @@ pub(crate) struct Machine<W> {
     /// The first deadline of those that wait, or one that has passed since.
     earliest_deadline: Option<Instant>,
     in_flight: BTreeMap<Seq, InFlight<W>>,
+    /// The same by the time they were written. A drained message has a smaller
+    /// number than a new one that was written before it, so the first by number
+    /// need not be the one that has waited longest.
+    by_time: BTreeSet<(Instant, Seq)>,
     /// How many of those are new publishes, not drained ones.
     fresh: usize,
     spool: Spool,
@@ -186,6 +190,10 @@ pub(crate) struct Machine<W> {
 /// ordinary drain slows nobody.
 const FIRST_CREDIT: usize = 5_000;
 
+/// How often the wall clock is looked at while something rests: it may be set,
+/// which no timer on the steady clock notices.
+const WALL_LOOK: Duration = Duration::from_secs(1);
+
 /// What an overload pause grows to at most.
 const MAX_OVERLOAD_PAUSE: Duration = Duration::from_secs(2);
 
@@ -203,6 +211,7 @@ impl<W> Machine<W> {
             waiting: VecDeque::new(),
             earliest_deadline: None,
             in_flight: BTreeMap::new(),
+            by_time: BTreeSet::new(),
             fresh: 0,
             spool: Spool::new(),
             next_seq: 1,
@@ -259,9 +268,9 @@ impl<W> Machine<W> {
         let mut at_least = |t: Instant| next = Some(next.map_or(t, |n| n.min(t)));
         if self.state != LaneState::Suspect
             && self.settings.spool
-            && let Some(first) = self.in_flight.values().next()
+            && let Some((written, _)) = self.by_time.first()
         {
-            at_least(first.written + self.hedge.current());
+            at_least(*written + self.hedge.current());
         }
         if !self.settings.spool {
             for flight in self.in_flight.values() {
@@ -294,7 +303,12 @@ impl<W> Machine<W> {
             at_least(*since + self.settings.spool_wait);
         }
         if let Some(due) = self.spool.next_due() {
-            at_least(now.at + due.since(now.wall).max(Duration::from_millis(1)));
+            at_least(
+                now.at
+                    + due
+                        .since(now.wall)
+                        .clamp(Duration::from_millis(1), WALL_LOOK),
+            );
         }
         if let Some(limit) = &self.limit
             && self.may_drain()
@@ -524,10 +538,9 @@ impl<W> Machine<W> {
         if self.state != LaneState::Suspect
             && self.settings.spool
             && self
-                .in_flight
-                .values()
-                .next()
-                .is_some_and(|f| f.written + self.hedge.current() <= now.at)
+                .by_time
+                .first()
+                .is_some_and(|(written, _)| *written + self.hedge.current() <= now.at)
         {
             self.become_suspect(now, "a confirm is late");
         }
@@ -615,6 +628,7 @@ impl<W> Machine<W> {
     /// Takes a message out of those in flight.
     fn land(&mut self, seq: Seq) -> Option<InFlight<W>> {
         let flight = self.in_flight.remove(&seq)?;
+        self.by_time.remove(&(flight.written, seq));
         self.fresh -= usize::from(flight.fresh.is_some());
         Some(flight)
     }
@@ -786,6 +800,7 @@ impl<W> Machine<W> {
             .at(self.settings.via)
             .on(&*self.settings.topic);
         let flights = std::mem::take(&mut self.in_flight);
+        self.by_time.clear();
         self.fresh = 0;
         for (seq, flight) in flights {
             self.give_back(now, seq, flight.fresh, true, &lost);
@@ -840,6 +855,12 @@ impl<W> Machine<W> {
             } else {
                 self.begin_drain("nothing is in doubt any more");
             }
+        }
+        if self.state == LaneState::Primary && !self.open && self.spool.ready_here() > 0 {
+            // The topic was refused, and then a handler gave work back, or its
+            // rest was over: nobody else may ever ask the broker again.
+            self.refused = false;
+            self.want_open(now);
         }
         if self.state == LaneState::Primary && self.open && self.spool.ready() > 0 {
             self.begin_drain("a local handler gave work back");
@@ -923,6 +944,7 @@ impl<W> Machine<W> {
                 marks: entry.marks.clone(),
                 confirm: true,
             });
+            self.by_time.insert((now.at, seq));
             self.in_flight.insert(
                 seq,
                 InFlight {
@@ -1014,6 +1036,7 @@ impl<W> Machine<W> {
                 marks: entry.marks.clone(),
                 confirm: entry.confirm,
             });
+            self.by_time.insert((now.at, seq));
             self.in_flight.insert(
                 seq,
                 InFlight {

@@ -14,7 +14,7 @@ pub(crate) mod store;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    hash::{BuildHasher, RandomState},
+    hash::BuildHasher,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -61,6 +61,15 @@ pub(crate) enum Status {
     Leased,
 }
 
+/// How order keys find their slot: with random keys, so that nobody can choose
+/// keys that share one.
+#[cfg(not(test))]
+type Hashing = std::hash::RandomState;
+
+/// Under test with fixed keys, so that a seed reproduces its run exactly.
+#[cfg(test)]
+type Hashing = std::hash::BuildHasherDefault<std::hash::DefaultHasher>;
+
 /// The spool of one lane.
 ///
 /// A long spool is mostly on the disk: its *head* is here, its *tail* is known
@@ -86,7 +95,7 @@ pub(crate) struct Spool {
     /// message of the same order key must not overtake. A slot shared by two
     /// keys only sends a message behind the drain that could have gone ahead.
     fence: Vec<u32>,
-    hasher: RandomState,
+    hasher: Hashing,
 }
 
 /// What an earlier process left for one lane.
@@ -200,7 +209,7 @@ impl Spool {
             doubts: HashMap::new(),
             // Made when the first entry comes: most lanes never spool.
             fence: Vec::new(),
-            hasher: RandomState::new(),
+            hasher: Hashing::default(),
         }
     }
 
@@ -518,6 +527,6 @@ impl Spool {
     }
 }
 
-fn slot(hasher: &RandomState, order: &OrderKey) -> usize {
+fn slot(hasher: &Hashing, order: &OrderKey) -> usize {
     usize::try_from(hasher.hash_one(order)).unwrap_or(0) % FENCE_SLOTS
 }
