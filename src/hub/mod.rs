@@ -29,6 +29,8 @@ pub mod operator;
 mod publish;
 mod publisher;
 pub mod route;
+#[cfg(test)]
+mod simulation;
 mod span;
 mod spool;
 pub mod state;

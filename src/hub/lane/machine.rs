@@ -865,9 +865,11 @@ impl<W> Machine<W> {
         if self.state == LaneState::Primary && self.open && self.spool.ready() > 0 {
             self.begin_drain("a local handler gave work back");
         }
-        self.want_load();
         let mut batch = Vec::new();
         self.drain(now, &mut batch);
+        // After the drain: it may have buried all that was here, and with
+        // nothing in flight nothing else would ever ask for the rest.
+        self.want_load();
         self.admit(now, &mut batch);
         if !batch.is_empty() {
             self.actions.push(Action::Write(batch));
