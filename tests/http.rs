@@ -974,3 +974,62 @@ async fn wrong_words_about_the_spool_are_problems() {
         assert_eq!(problem["code"], "INVALID_CONFIG", "{body}: {problem}");
     }
 }
+
+#[cfg(all(feature = "rabbitmq", feature = "journal"))]
+#[tokio::test]
+async fn a_spool_that_is_mostly_on_the_disk_is_listed_and_exported_whole_and_in_order() {
+    // More than a lane keeps in memory.
+    const MESSAGES: usize = 6_000;
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().to_str().unwrap();
+    let hub = Hub::start_with(&["--data", data], &[("RABBITMQ_URL", "amqp://127.0.0.1:1")]);
+    let expected: Vec<String> = (0..MESSAGES).map(|n| format!("d{n}")).collect();
+    let lines: String = expected
+        .iter()
+        .map(|id| format!("{{\"id\":\"{id}\",\"key\":\"k\"}}\n"))
+        .collect();
+    let answers = post(&hub, "tasks", "application/x-ndjson", lines).await;
+    let answers = answers.text().await.unwrap();
+    assert_eq!(answers.matches("\"durable\":true").count(), MESSAGES);
+
+    let mut listed = Vec::new();
+    let mut cursor = String::new();
+    loop {
+        let path = format!("/v1/spool?entries=1&limit=1000{cursor}");
+        let page: Value = Client::new()
+            .get(hub.at(&path))
+            .send()
+            .await
+            .unwrap()
+            .json()
+            .await
+            .unwrap();
+        for message in page["messages"].as_array().unwrap() {
+            assert_eq!(message["status"], "ready", "{message}");
+            listed.push(message["id"].as_str().unwrap().to_owned());
+        }
+        match page["next"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => break,
+        }
+    }
+    assert!(listed == expected, "{} were listed", listed.len());
+    let export = Client::new()
+        .get(hub.at("/v1/spool/export"))
+        .send()
+        .await
+        .unwrap();
+    let exported: Vec<String> = export
+        .text()
+        .await
+        .unwrap()
+        .lines()
+        .map(|l| {
+            serde_json::from_str::<Value>(l).unwrap()["id"]
+                .as_str()
+                .unwrap()
+                .to_owned()
+        })
+        .collect();
+    assert!(exported == expected, "{} were exported", exported.len());
+}

@@ -948,6 +948,29 @@ async fn prefetch_bounds_what_is_handed_out_and_acks_are_batched_under_it() {
 }
 
 #[tokio::test]
+async fn a_message_that_is_given_back_for_ever_is_never_dropped() {
+    // RabbitMQ 4's quorum queues drop a message at its twenty-first return.
+    const RETURNS: usize = 50;
+    let rabbit = need!(shared_rabbit(RabbitVersion::V4).await);
+    let broker = connected(config(rabbit.url()), Topology::default()).await;
+    let queue = queue(&broker, &unique("returns")).await;
+    all_confirmed(&publish_all(&broker, &queue, vec![numbered(7)]).await);
+    let mut consumer = broker
+        .consume(&of(&queue), &SubscribeOptions::default())
+        .await
+        .unwrap();
+    for _ in 0..RETURNS {
+        let delivery = receive(&mut consumer, 1).await.remove(0);
+        assert_eq!(text(&delivery), "7");
+        delivery.requeue().await.unwrap();
+    }
+    ack_all(receive(&mut consumer, 1).await).await;
+    consumer.control.stop().await;
+    assert_eq!(depth(&broker, &queue).await, 0);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test]
 async fn stopping_gives_back_what_was_not_settled() {
     let rabbit = need!(shared_rabbit(RabbitVersion::V3_10).await);
     let broker = connected(config(rabbit.url()), Topology::default()).await;

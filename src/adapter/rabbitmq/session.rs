@@ -2,7 +2,11 @@
 //! Verdicts come back on a channel that ends with the session, so that those
 //! on deliveries of a dead connection fail by themselves.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use lapin::{
@@ -18,7 +22,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::{
-    acks::Acks, courier::Courier, error, link::Link, shared::Shared, verdicts::Serving, wire,
+    acks::Acks,
+    courier::Courier,
+    error,
+    link::Link,
+    shared::Shared,
+    verdicts::{MOST_RETURNS, Serving},
+    wire,
 };
 use crate::{
     broker::{BrokerType, Delivery, Received, Settlement},
@@ -77,6 +87,7 @@ impl Session<'_> {
             acks: Acks::default(),
             held: HashMap::new(),
             reroutes: FuturesUnordered::new(),
+            worn: HashSet::new(),
             given_back: 0,
         };
         let end = serving.serve(consumer).await;
@@ -268,6 +279,7 @@ impl Serving<'_> {
         let tag = delivery.delivery_tag;
         recorder.messages_received.inc();
         recorder.bytes_received.add(delivery.data.len() as u64);
+        let returns = wire::returns(&delivery);
         let (mut message, marks) = wire::message(delivery, self.queue, plan.stream);
         let topic = match message.topic.as_deref().map(Topic::new) {
             Some(Ok(topic)) if plan.stream => topic,
@@ -285,6 +297,9 @@ impl Serving<'_> {
             return Delivery::unsettled(received);
         }
         self.held.insert(tag, received.clone());
+        if returns >= MOST_RETURNS {
+            self.worn.insert(tag);
+        }
         Delivery::new(received, settle.clone(), tag)
     }
 

@@ -1,8 +1,9 @@
 //! Carries out what readers decide about a session's deliveries: acks in
 //! batches, gives back, and moves copies to the retry queue or the dead letters
-//! before it acks the original. Never nacks and hopes.
+//! before it acks the original. Never nacks and hopes: a quorum queue drops a
+//! message that came back too often, so before that a copy takes its place.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use futures_util::{FutureExt, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
@@ -29,10 +30,26 @@ pub(super) type Held = Received;
 /// A retry or dead letter whose copy is on its way.
 pub(super) struct Rerouted {
     tag: u64,
-    dead: bool,
+    way: Way,
     answer: Option<Answer>,
     outcome: Result<()>,
 }
+
+/// Where a copy goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// To the retry queue, with the failure noted.
+    Retry,
+    /// To the dead letters, with the failure noted.
+    DeadLetter,
+    /// To the end of its own queue, as it is.
+    Back,
+}
+
+/// Returns of a message from which on it is not given back any more but copied.
+/// RabbitMQ 4's quorum queues drop it after 20, or dead-letter it where the
+/// queue says so; other ways of coming back (a channel that closes) count too.
+pub(super) const MOST_RETURNS: i64 = 10;
 
 pub(super) struct Serving<'a> {
     pub(super) session: &'a Session<'a>,
@@ -41,6 +58,8 @@ pub(super) struct Serving<'a> {
     pub(super) acks: Acks,
     pub(super) held: HashMap<u64, Held>,
     pub(super) reroutes: FuturesUnordered<BoxFuture<'static, Rerouted>>,
+    /// Deliveries that came back [`MOST_RETURNS`] times.
+    pub(super) worn: HashSet<u64>,
     /// How many were given back one by one.
     pub(super) given_back: usize,
 }
@@ -63,13 +82,18 @@ impl Serving<'_> {
         match verdict {
             Verdict::Ack => {
                 self.held.remove(&tag);
+                self.worn.remove(&tag);
                 recorder.messages_acked.inc();
                 self.acks.done(tag, done);
             }
             Verdict::Requeue => {
-                recorder.messages_nacked.inc();
-                self.give_back(tag).await?;
-                answer(done, Ok(()));
+                if self.worn.contains(&tag) && self.held.contains_key(&tag) {
+                    self.reroute(tag, Way::Back, None, done);
+                } else {
+                    recorder.messages_nacked.inc();
+                    self.give_back(tag).await?;
+                    answer(done, Ok(()));
+                }
             }
             // There is one tier, whose length consume() has checked: the delay
             // is that of the retry queue.
@@ -83,46 +107,52 @@ impl Serving<'_> {
                         reason: "expired".to_owned(),
                         ..failure
                     };
-                    self.reroute(tag, failure, true, done);
+                    self.reroute(tag, Way::DeadLetter, Some(failure), done);
                 } else {
-                    self.reroute(tag, failure, false, done);
+                    self.reroute(tag, Way::Retry, Some(failure), done);
                 }
             }
-            Verdict::DeadLetter { failure } => self.reroute(tag, failure, true, done),
+            Verdict::DeadLetter { failure } => {
+                self.reroute(tag, Way::DeadLetter, Some(failure), done);
+            }
         }
         Ok(())
     }
 
-    /// Sends a copy with the failure noted; the original is acked when the copy
-    /// is confirmed.
-    fn reroute(&mut self, tag: u64, failure: Failure, dead: bool, done: Option<Answer>) {
+    /// Sends a copy; the original is acked when the copy is confirmed.
+    fn reroute(&mut self, tag: u64, way: Way, failure: Option<Failure>, done: Option<Answer>) {
         let Some(held) = self.held.get(&tag) else {
             return;
         };
         let topology = &self.session.shared.topology;
         let mut message = (*held.message).clone();
         let mut marks = (*held.marks).clone();
-        message.error = Some(if failure.details.is_empty() {
-            failure.reason.clone()
-        } else {
-            failure.details.clone()
-        });
-        marks.failure = Some(failure);
-        let address = if dead {
-            (String::new(), topology.dead_letter_queue().to_owned())
-        } else {
-            message.retry_count = message.retry_count.saturating_add(1);
-            (topology.retry_exchange().to_owned(), self.queue.to_owned())
+        if let Some(failure) = failure {
+            message.error = Some(if failure.details.is_empty() {
+                failure.reason.clone()
+            } else {
+                failure.details.clone()
+            });
+            marks.failure = Some(failure);
+        }
+        let address = match way {
+            Way::DeadLetter => (String::new(), topology.dead_letter_queue().to_owned()),
+            Way::Retry => {
+                message.retry_count = message.retry_count.saturating_add(1);
+                (topology.retry_exchange().to_owned(), self.queue.to_owned())
+            }
+            Way::Back => (String::new(), self.queue.to_owned()),
         };
         // Dead letters are kept, however old.
-        let job = Job::new(address, held.topic.as_str().into(), message, marks, !dead);
+        let expires = way != Way::DeadLetter;
+        let job = Job::new(address, held.topic.as_str().into(), message, marks, expires);
         let courier = self.session.courier.clone();
         self.reroutes.push(
             async move {
                 let outcome = courier.send(job).await;
                 Rerouted {
                     tag,
-                    dead,
+                    way,
                     answer: done,
                     outcome,
                 }
@@ -135,20 +165,26 @@ impl Serving<'_> {
         let recorder = &self.session.shared.recorder;
         match done.outcome {
             Ok(()) => {
-                if done.dead {
-                    recorder.messages_dead_lettered.inc();
-                } else {
-                    recorder.messages_retried.inc();
+                match done.way {
+                    Way::DeadLetter => recorder.messages_dead_lettered.inc(),
+                    Way::Retry => recorder.messages_retried.inc(),
+                    Way::Back => recorder.messages_nacked.inc(),
                 }
                 self.held.remove(&done.tag);
+                self.worn.remove(&done.tag);
                 self.acks.done(done.tag, done.answer);
             }
             Err(e) => {
-                warn!(queue = self.queue, error = %e, dead = done.dead, "a failed message could not be moved; it goes back to its queue");
+                warn!(queue = self.queue, error = %e, way = ?done.way, "a failed message could not be moved; it goes back to its queue");
                 recorder.messages_nacked.inc();
                 recorder.total_errors.inc();
                 self.give_back(done.tag).await?;
-                let code = if done.dead {
+                if done.way == Way::Back {
+                    // Where it should go, it went.
+                    answer(done.answer, Ok(()));
+                    return Ok(());
+                }
+                let code = if done.way == Way::DeadLetter {
                     ErrorCode::DeadLetterFailed
                 } else {
                     ErrorCode::NackFailed
@@ -169,6 +205,7 @@ impl Serving<'_> {
 
     async fn give_back(&mut self, tag: u64) -> Result<(), End> {
         self.held.remove(&tag);
+        self.worn.remove(&tag);
         self.given_back += 1;
         let options = BasicNackOptions {
             multiple: false,

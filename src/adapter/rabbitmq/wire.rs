@@ -196,6 +196,20 @@ fn property(value: &Option<ShortString>) -> Option<String> {
     value.as_ref().map(|v| v.as_str().to_owned())
 }
 
+/// How often a quorum queue has got this message back; 0 where it does not say.
+pub(super) fn returns(delivery: &Delivery) -> i64 {
+    let headers = delivery.properties.headers().as_ref();
+    let counted = headers.and_then(|h| h.inner().get("x-delivery-count"));
+    match counted {
+        Some(AMQPValue::LongLongInt(n)) => *n,
+        Some(AMQPValue::LongUInt(n)) => i64::from(*n),
+        Some(AMQPValue::LongInt(n)) => i64::from(*n),
+        Some(AMQPValue::ShortInt(n)) => i64::from(*n),
+        Some(AMQPValue::ShortShortInt(n)) => i64::from(*n),
+        _ => 0,
+    }
+}
+
 /// Headers that RabbitMQ sets itself. They are not the sender's, and sending
 /// them back as text would confuse the server that made them.
 fn is_servers(name: &str) -> bool {
