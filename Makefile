@@ -53,10 +53,10 @@ test-infra-start:
 test-infra-stop:
 	@for kind in rabbitmq-3.10 rabbitmq-4 kafka-4; do scripts/brokers remove $(INFRA_RUN)/$$kind; done
 
-## make test-faults        the tests named after faults, and the live failover runs
+## make test-faults        the whole fault matrix, and the tests named after faults
 test-faults: build-tools
 	@scripts/brokers install all
-	MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --test 'fault*' -- --nocapture
+	FAULTS=all MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --test 'fault*' --no-fail-fast -- --nocapture --test-threads=1
 	MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --lib --test rabbitmq --test kafka --test embedded fault_ -- --nocapture
 
 ## make bench              confirmed publishing side by side with the bare clients

@@ -1,4 +1,4 @@
-//! `spool list|pause|resume|export`, asked of a running hub.
+//! `spool list|pause|resume|export|adopt`, asked of a running hub.
 
 use std::{
     io::Write,
@@ -14,7 +14,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::{Failure, Target, client::Client, say, state::text};
 
-/// Look at the spool, pause and resume its drain, export it.
+/// Look at the spool, pause and resume its drain, export it, adopt another.
 #[derive(Debug, Subcommand)]
 pub(super) enum Spool {
     /// Show what lanes hold, or with --entries the messages.
@@ -25,6 +25,14 @@ pub(super) enum Spool {
     Resume(Resume),
     /// Write every spooled message as a line of JSON. They stay in the spool.
     Export(Export),
+    /// Move the spool of a hub that will not come back into this hub.
+    Adopt(Adopt),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Adopt {
+    /// Its data folder, on the machine of the hub that adopts.
+    dir: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -95,6 +103,7 @@ impl Spool {
                 order(&client, target, "resume", body, "resumed").await?;
             }
             Self::Export(export) => export.run(&client).await?,
+            Self::Adopt(adopt) => return adopt.run(&client, target).await,
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -125,6 +134,28 @@ async fn order(
         say(format!("{pending} more lanes have not taken it up yet"))?;
     }
     Ok(())
+}
+
+impl Adopt {
+    async fn run(self, client: &Client, target: &Target) -> Result<ExitCode, Failure> {
+        let dir = std::path::absolute(&self.dir)
+            .map_err(|e| Failure::new(format!("{}: {e}", self.dir.display())))?;
+        let request = client
+            .request(Method::POST, &["v1", "spool", "adopt"])
+            .json(&json!({"dir": dir}));
+        let answer = client.json(request).await?;
+        let left = answer.get("left").and_then(Value::as_u64).unwrap_or(0);
+        if target.json {
+            say(answer.to_string())?;
+        } else {
+            say(format!("moved {} messages", text(&answer, "/moved")))?;
+        }
+        if left == 0 {
+            return Ok(ExitCode::SUCCESS);
+        }
+        eprintln!("{left} messages stay there: {}", text(&answer, "/reason"));
+        Ok(ExitCode::FAILURE)
+    }
 }
 
 impl List {

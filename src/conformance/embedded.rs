@@ -24,7 +24,16 @@ use crate::{
 pub struct EmbeddedFactory {
     current: Mutex<Option<Arc<EmbeddedBroker>>>,
     #[cfg(feature = "journal")]
-    journal: Option<std::path::PathBuf>,
+    journal: Option<Folder>,
+}
+
+/// A folder, with one for each check in it: else each check that closes its
+/// client would bring back what all before it have left.
+#[cfg(feature = "journal")]
+#[derive(Debug)]
+struct Folder {
+    dir: std::path::PathBuf,
+    check: std::sync::atomic::AtomicU32,
 }
 
 impl EmbeddedFactory {
@@ -43,7 +52,10 @@ impl EmbeddedFactory {
     pub fn on_disk(dir: impl Into<std::path::PathBuf>) -> Self {
         Self {
             current: Mutex::default(),
-            journal: Some(dir.into()),
+            journal: Some(Folder {
+                dir: dir.into(),
+                check: std::sync::atomic::AtomicU32::new(0),
+            }),
         }
     }
 
@@ -59,7 +71,10 @@ impl EmbeddedFactory {
         }
         #[cfg(feature = "journal")]
         let broker = match &self.journal {
-            Some(dir) => on_disk(dir),
+            Some(Folder { dir, check }) => {
+                let check = check.load(std::sync::atomic::Ordering::Relaxed);
+                on_disk(&dir.join(check.to_string()))
+            }
             None => EmbeddedBroker::new(config(), Arc::new(topology())),
         };
         #[cfg(not(feature = "journal"))]
@@ -118,6 +133,15 @@ impl Factory for EmbeddedFactory {
 
     fn one_client(&self) -> bool {
         true
+    }
+
+    #[cfg(feature = "journal")]
+    fn begin(&self) {
+        if let Some(folder) = &self.journal {
+            folder
+                .check
+                .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
     }
 
     async fn connect(&self) -> Result<Arc<dyn Target>> {

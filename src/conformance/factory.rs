@@ -255,6 +255,10 @@ pub trait Factory: Send + Sync + 'static {
         !self.capabilities().has(Capability::OutlivesClient)
     }
 
+    /// A check that runs alone begins: what earlier ones left is not needed any
+    /// more. Default: it stays.
+    fn begin(&self) {}
+
     /// The name of a fresh queue or stream, made from a part that is unique.
     fn topic_name(&self, kind: Kind, unique: &str) -> String {
         format!("conformance.{kind}.{unique}")

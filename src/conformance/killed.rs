@@ -144,11 +144,9 @@ impl Restart for Server {
         // alive, has an answer that was synced before the copy began.
         life.dead.store(true, Ordering::SeqCst);
         let (from, to) = (self.folder(false), self.folder(true));
-        let copied = spawn_blocking(move || copy(&from, &to)).await;
+        let copied = copy(from, to).await;
         life.broker.close().await.map_err(|e| e.to_string())?;
-        copied
-            .map_err(|e| e.to_string())?
-            .map_err(|e| e.to_string())
+        copied.map_err(|e| e.to_string())
     }
 
     async fn start(&self) -> Result<(), String> {
@@ -354,21 +352,28 @@ impl Following {
 
 /// Copies a folder of files that are being written. Where files came or went
 /// meanwhile it is done again, because no crash shows a folder in two states.
-fn copy(from: &Path, to: &Path) -> io::Result<()> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        let before = files(from)?;
-        let copied = copy_files(from, to, &before);
-        if files(from)? == before && copied.is_ok() {
+async fn copy(from: PathBuf, to: PathBuf) -> io::Result<()> {
+    for _ in 0..MOST_COPIES {
+        let (from, to) = (from.clone(), to.clone());
+        let copied = spawn_blocking(move || copy_once(&from, &to)).await;
+        if copied.map_err(io::Error::other)?? {
             return Ok(());
         }
-        if tries >= MOST_COPIES {
-            return copied.and(Err(io::Error::other("the folder does not come to rest")));
-        }
-        fs::remove_dir_all(to)?;
-        std::thread::sleep(COPY_PAUSE);
+        // The writer's own work is what is waited for; it tells nobody of it.
+        tokio::time::sleep(COPY_PAUSE).await;
     }
+    Err(io::Error::other("the folder does not come to rest"))
+}
+
+/// Whether the copy is of one state.
+fn copy_once(from: &Path, to: &Path) -> io::Result<bool> {
+    let before = files(from)?;
+    let copied = copy_files(from, to, &before);
+    if files(from)? == before {
+        return copied.map(|()| true);
+    }
+    fs::remove_dir_all(to)?;
+    Ok(false)
 }
 
 /// The files of the folders in a folder, by folder and name.

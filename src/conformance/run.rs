@@ -65,6 +65,7 @@ pub async fn run(factory: Arc<dyn Factory>, filter: &Filter, at_once: Arc<Semaph
     let mut running = JoinSet::new();
     for (check, kind) in others {
         if alone {
+            factory.begin();
             rows.push(row(&factory, check, kind).await);
             continue;
         }

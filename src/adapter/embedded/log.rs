@@ -22,11 +22,13 @@ pub(super) struct Log {
     /// The number of the last batch.
     last: u64,
     /// A failure was told; it is not told for each message.
+    #[cfg(feature = "journal")]
     told: bool,
 }
 
 /// Why a log took nothing of a batch.
 #[derive(Clone, Debug)]
+#[cfg_attr(not(feature = "journal"), allow(dead_code))]
 pub(super) enum Refused {
     /// There is no room now.
     Full(String),

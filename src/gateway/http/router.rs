@@ -27,6 +27,7 @@ pub(super) fn router(app: &App) -> Router {
         .route("/v1/spool/pause", post(spool::pause))
         .route("/v1/spool/resume", post(spool::resume))
         .route("/v1/spool/export", get(spool::export))
+        .route("/v1/spool/adopt", post(spool::adopt))
         .route("/v1/topology", get(state::topology))
         .route("/v1/topology/apply", post(state::apply))
         .route("/v1/topology/wanted", get(state::wanted))

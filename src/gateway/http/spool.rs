@@ -1,6 +1,6 @@
 //! The spool for operators: what lanes hold, the messages themselves, pausing
-//! and resuming the drain, and an export that streams. Nothing here moves a
-//! message.
+//! and resuming the drain, an export that streams, and adopting the spool of a
+//! hub that will not come back. Nothing else here moves a message.
 
 use std::str::FromStr;
 
@@ -53,6 +53,12 @@ pub(super) struct Export {
 struct Pause {
     pattern: Option<String>,
     degrade: bool,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Adopt {
+    dir: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -239,6 +245,43 @@ pub(super) async fn resume(
         .await
         .map_err(Problem::from)?;
     Ok(Json(Said { pattern, reached }))
+}
+
+/// `POST /v1/spool/adopt`: moves the spool in a data folder of this machine into
+/// this hub, and answers when it is done.
+pub(super) async fn adopt(State(app): State<App>, request: Request) -> Result<Response, Problem> {
+    let _intake = app.enter()?;
+    let ask: Adopt = parameters(request).await?;
+    if !std::path::Path::new(&ask.dir).is_absolute() {
+        return Err(Problem::parameter(format!(
+            "dir is {:?}; give the whole path of another hub's data folder on this hub's machine",
+            ask.dir
+        )));
+    }
+    adopt_from(&app, ask.dir).await
+}
+
+#[cfg(feature = "journal")]
+async fn adopt_from(app: &App, dir: String) -> Result<Response, Problem> {
+    let hub = app.hub().clone();
+    // A client that goes away does not leave it half done.
+    let moving = tokio::spawn(async move { hub.adopt_spool(std::path::Path::new(&dir)).await });
+    let adopted = moving
+        .await
+        .map_err(|e| {
+            Problem::from(
+                Error::new(ErrorCode::UnknownError, "adopting a spool panicked").caused_by(e),
+            )
+        })?
+        .map_err(Problem::from)?;
+    Ok(Json(adopted).into_response())
+}
+
+#[cfg(not(feature = "journal"))]
+async fn adopt_from(_app: &App, _dir: String) -> Result<Response, Problem> {
+    Err(Problem::parameter(
+        "this program was built without the feature `journal`; it reads no data folder",
+    ))
 }
 
 /// `GET /v1/spool/export`: every spooled message as a line of JSON, read from

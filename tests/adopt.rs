@@ -1,0 +1,197 @@
+//! Two hubs on the same brokers, and one of them dies with a spool: its journal,
+//! adopted by the other or reopened by its successor, drains. Nothing is lost,
+//! the order of each key holds, and a foreign client judges.
+#![cfg(all(feature = "server", feature = "rabbitmq", feature = "journal"))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod process;
+mod support;
+
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+use futures_util::StreamExt;
+use process::Hub;
+use reqwest::Client;
+use serde_json::{Value, json};
+use support::{Rabbit, RabbitVersion, need, wait};
+
+const QUEUE: &str = "helixagent.tasks.llm";
+const KEYS: usize = 20;
+const LIMIT: Duration = Duration::from_secs(90);
+
+fn hub(rabbit: &Rabbit, data: &Path) -> Hub {
+    Hub::start_with(
+        &["--data", data.to_str().unwrap()],
+        &[("RABBITMQ_URL", rabbit.url()), ("RUST_LOG", "warn")],
+    )
+}
+
+/// Publishes numbered messages; each is answered, and answered well.
+async fn publish(hub: &Hub, from: usize, to: usize) -> BTreeMap<String, usize> {
+    let lines: String = (from..to)
+        .map(|n| {
+            let key = format!("k{}", n % KEYS);
+            json!({"id": format!("m{n}"), "key": key, "headers": {"n": n.to_string()}}).to_string()
+                + "\n"
+        })
+        .collect();
+    let response = Client::new()
+        .post(hub.at(&format!("/v1/topics/{QUEUE}/messages")))
+        .header("content-type", "application/x-ndjson")
+        .body(lines)
+        .send()
+        .await
+        .unwrap();
+    let mut outcomes = BTreeMap::new();
+    for line in response.text().await.unwrap().lines() {
+        let answer: Value = serde_json::from_str(line).unwrap();
+        let outcome = answer["outcome"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{line}"));
+        if outcome == "spooled" {
+            assert_eq!(answer["durable"], true, "{line}");
+        }
+        *outcomes.entry(outcome.to_owned()).or_default() += 1;
+    }
+    assert_eq!(outcomes.values().sum::<usize>(), to - from);
+    outcomes
+}
+
+async fn spooled(hub: &Hub) -> u64 {
+    let state: Value = Client::new()
+        .get(hub.at("/v1/state"))
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    let routes = state["routes"].as_array().unwrap();
+    routes
+        .iter()
+        .filter_map(|r| r["spool"]["messages"].as_u64())
+        .sum()
+}
+
+async fn drained(hub: &Hub) {
+    wait::until(LIMIT, "an empty spool", async || spooled(hub).await == 0).await;
+}
+
+/// Reads the queue to its end with a bare client: for each key the numbers in
+/// the order of their arrival, first deliveries only.
+async fn read(url: &str, wanted: usize) -> (BTreeMap<String, Vec<usize>>, usize) {
+    let connection = lapin::Connection::connect(url, lapin::ConnectionProperties::default())
+        .await
+        .unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let options = lapin::options::BasicConsumeOptions {
+        no_ack: true,
+        ..Default::default()
+    };
+    let mut consumer = channel
+        .basic_consume(
+            QUEUE.into(),
+            "judge".into(),
+            options,
+            lapin::types::FieldTable::default(),
+        )
+        .await
+        .unwrap();
+    let mut by_key: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    let mut seen = std::collections::BTreeSet::new();
+    let mut repeats = 0;
+    loop {
+        // Repeats may follow the last distinct one.
+        let limit = if seen.len() < wanted {
+            LIMIT
+        } else {
+            Duration::from_secs(2)
+        };
+        let Ok(Some(delivery)) = tokio::time::timeout(limit, consumer.next()).await else {
+            return (by_key, repeats);
+        };
+        let delivery = delivery.unwrap();
+        let headers = delivery.properties.headers().as_ref().unwrap().inner();
+        let text = |name: &str| match headers.get(name) {
+            Some(lapin::types::AMQPValue::LongString(s)) => s.to_string(),
+            other => panic!("{name}: {other:?}"),
+        };
+        let n: usize = text("n").parse().unwrap();
+        if seen.insert(n) {
+            by_key.entry(text("hub-key")).or_default().push(n);
+        } else {
+            repeats += 1;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_spool_of_a_dead_hub_drains_through_another_or_its_successor() {
+    const BEFORE: usize = 500;
+    const ADOPTED: usize = 3_000;
+    const REOPENED: usize = 1_000;
+    let mut rabbit = need!(Rabbit::start(RabbitVersion::V4).await);
+    let folders = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = hub(&rabbit, folders.0.path());
+    let second = hub(&rabbit, folders.1.path());
+    publish(&first, 0, BEFORE).await;
+    rabbit.kill().await;
+    let outcomes = publish(&first, BEFORE, BEFORE + ADOPTED).await;
+    assert!(
+        outcomes.get("spooled").is_some_and(|n| *n > ADOPTED / 2),
+        "{outcomes:?}"
+    );
+    // Alive, it keeps its own.
+    let refused = second.run(&["spool", "adopt", folders.0.path().to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(1));
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(why.contains("spool"), "{why}");
+    first.signal("KILL");
+    drop(first);
+
+    // Into a hub whose broker is away, too: from one disk to another.
+    let adopted = second.run(&[
+        "--json",
+        "spool",
+        "adopt",
+        folders.0.path().to_str().unwrap(),
+    ]);
+    let said = String::from_utf8_lossy(&adopted.stdout).into_owned();
+    assert_eq!(
+        adopted.status.code(),
+        Some(0),
+        "{said} {}",
+        String::from_utf8_lossy(&adopted.stderr)
+    );
+    let said: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(said["left"], 0, "{said}");
+    assert!(said["moved"].as_u64().unwrap() > 0, "{said}");
+    let again = second.run(&[
+        "--json",
+        "spool",
+        "adopt",
+        folders.0.path().to_str().unwrap(),
+    ]);
+    let again: Value = serde_json::from_slice(&again.stdout).unwrap();
+    assert_eq!(again["moved"], 0, "what was moved is gone there: {again}");
+
+    // And one that dies and comes back by itself.
+    let total = BEFORE + ADOPTED + REOPENED;
+    publish(&second, BEFORE + ADOPTED, total).await;
+    second.signal("KILL");
+    drop(second);
+    let second = hub(&rabbit, folders.1.path());
+    assert!(spooled(&second).await > 0, "nothing was taken up");
+    rabbit.restart().await;
+    drained(&second).await;
+
+    let (by_key, repeats) = read(rabbit.url(), total).await;
+    let read: usize = by_key.values().map(Vec::len).sum();
+    println!("published {total}, read {read}, repeats {repeats}, adopted {said}");
+    assert_eq!(read, total, "lost");
+    for (key, numbers) in &by_key {
+        assert!(numbers.is_sorted(), "{key} is out of order: {numbers:?}");
+    }
+    // What was in doubt when the broker died, at most a window.
+    assert!(repeats <= 1_000, "{repeats} repeats");
+}

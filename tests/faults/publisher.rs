@@ -1,0 +1,318 @@
+//! Publishers over HTTP: NDJSON, own ids, one request for as long as it lives.
+//! What got no answer is repeated under its id (C14), as a client would.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use messaging_hub::conformance::ledger::Outcome;
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::book::{Book, key, payload};
+
+/// Some publishers with one throttle.
+pub struct Load {
+    /// Messages that all publishers together may have begun.
+    allowed: Arc<watch::Sender<u64>>,
+    rate: Arc<AtomicU32>,
+    progress: Arc<Progress>,
+    stop: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<()>>,
+    pacer: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Progress {
+    begun: AtomicU64,
+    answered: AtomicU64,
+}
+
+impl Load {
+    /// `url` is the hub's, through the clients' proxy.
+    pub fn start(book: &Arc<Book>, url: &str) -> Self {
+        let allowed = Arc::new(watch::Sender::new(0));
+        let rate = Arc::new(AtomicU32::new(0));
+        let progress = Arc::new(Progress::default());
+        let (stop, stopped) = watch::channel(false);
+        let tasks = (0..PUBLISHERS)
+            .map(|index| {
+                let publisher = Publisher {
+                    index,
+                    book: book.clone(),
+                    url: format!("{url}/v1/topics/{}/messages", book.topic),
+                    allowed: allowed.subscribe(),
+                    progress: progress.clone(),
+                    next: 0,
+                    again: VecDeque::new(),
+                };
+                tokio::spawn(publisher.run(stopped.clone()))
+            })
+            .collect();
+        let pacer = tokio::spawn(pace(allowed.clone(), rate.clone(), progress.clone()));
+        Self {
+            allowed,
+            rate,
+            progress,
+            stop,
+            tasks,
+            pacer,
+        }
+    }
+
+    /// Messages a second from now on, all publishers together.
+    pub fn set_rate(&self, rate: u32) {
+        self.rate.store(rate, Ordering::Relaxed);
+    }
+
+    /// So many more, as fast as they go.
+    pub fn allow(&self, more: u64) {
+        self.allowed.send_modify(|allowed| *allowed += more);
+    }
+
+    /// Messages that were answered in the end.
+    pub fn answered(&self) -> u64 {
+        self.progress.answered.load(Ordering::Relaxed)
+    }
+
+    /// Whether everything that was allowed is answered.
+    pub fn is_done(&self) -> bool {
+        self.answered() == *self.allowed.borrow()
+    }
+
+    /// Call it when everything is answered.
+    pub async fn stop(mut self) {
+        self.stop.send_replace(true);
+        for task in self.tasks.drain(..) {
+            task.await.expect("a publisher does not panic");
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.pacer.abort();
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// Never owes more than a little: where the hub is slower than the rate, the
+/// publishers are as fast as it answers.
+async fn pace(allowed: Arc<watch::Sender<u64>>, rate: Arc<AtomicU32>, progress: Arc<Progress>) {
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    let mut owed = 0.0;
+    loop {
+        ticks.tick().await;
+        owed += f64::from(rate.load(Ordering::Relaxed)) * TICK.as_secs_f64();
+        if owed >= 1.0 {
+            let most = progress.begun.load(Ordering::Relaxed) + DEBT;
+            allowed.send_if_modified(|allowed| {
+                let room = most.saturating_sub(*allowed);
+                *allowed += room.min(owed as u64);
+                true
+            });
+            owed = owed.fract();
+        }
+    }
+}
+
+struct Publisher {
+    index: usize,
+    book: Arc<Book>,
+    url: String,
+    allowed: watch::Receiver<u64>,
+    progress: Arc<Progress>,
+    next: u64,
+    /// Numbers, and how often they were sent, of what must be repeated.
+    again: VecDeque<(u64, u32)>,
+}
+
+/// Written and not answered, by place in the book.
+type Open = VecDeque<usize>;
+
+impl Publisher {
+    async fn run(mut self, mut stopped: watch::Receiver<bool>) {
+        loop {
+            tokio::select! {
+                biased;
+                _ = stopped.wait_for(|stop| *stop) => return,
+                () = self.connection() => {}
+            }
+            // The hub is away, or its link: a client tries again soon.
+            tokio::time::sleep(RECONNECT).await;
+        }
+    }
+
+    /// One request, until it breaks. Leaves in `again` what it owes.
+    async fn connection(&mut self) {
+        // A request without a message would only time out.
+        if self.again.is_empty() && !self.until_allowed().await {
+            return;
+        }
+        let (lines, body) = mpsc::channel::<Result<Bytes, io::Error>>(1);
+        let client = reqwest::Client::builder()
+            .pool_max_idle_per_host(0)
+            .build()
+            .expect("a client");
+        let request = client
+            .post(&self.url)
+            .header("content-type", "application/x-ndjson")
+            .header("hub-publisher", format!("publisher-{}", self.index))
+            .body(reqwest::Body::wrap_stream(ReceiverStream::new(body)))
+            .send();
+        let mut open = Open::new();
+        // The head of the answer comes when the hub has seen ours.
+        let response = match tokio::time::timeout(ANSWER, request).await {
+            Ok(Ok(response)) if response.status().is_success() => response,
+            _ => return,
+        };
+        let mut pieces = response.bytes_stream();
+        let mut text = Vec::new();
+        let mut heard = Instant::now();
+        loop {
+            let room = open.len() < WINDOW;
+            tokio::select! {
+                piece = pieces.next() => {
+                    let Some(Ok(piece)) = piece else { break };
+                    heard = Instant::now();
+                    text.extend_from_slice(&piece);
+                    if !self.take_answers(&mut text, &mut open) {
+                        break;
+                    }
+                }
+                permit = lines.reserve(), if room && !self.again.is_empty() => {
+                    let Ok(permit) = permit else { break };
+                    permit.send(Ok(self.write_again(&mut open)));
+                }
+                begin = self.may_begin(), if room && self.again.is_empty() => {
+                    if !begin { break }
+                    if open.is_empty() { heard = Instant::now(); }
+                    let line = self.write_new(&mut open);
+                    if lines.send(Ok(line)).await.is_err() { break }
+                }
+                () = tokio::time::sleep_until(heard + ANSWER), if !open.is_empty() => break,
+            }
+        }
+        // In the order in which they were written, before anything new.
+        for place in open.into_iter().rev() {
+            let attempt = self.book.attempt(place);
+            self.again.push_front((attempt.n, attempt.again + 1));
+        }
+    }
+
+    async fn until_allowed(&self) -> bool {
+        let begun = &self.progress.begun;
+        let mut allowed = self.allowed.clone();
+        allowed
+            .wait_for(|allowed| *allowed > begun.load(Ordering::Relaxed))
+            .await
+            .is_ok()
+    }
+
+    /// Takes one of what all may begin; cancel safe, as it takes at its end.
+    async fn may_begin(&self) -> bool {
+        let begun = &self.progress.begun;
+        loop {
+            if !self.until_allowed().await {
+                return false;
+            }
+            let allowed = *self.allowed.borrow();
+            let one_more = |begun: u64| (begun < allowed).then_some(begun + 1);
+            if begun
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
+                .is_ok()
+            {
+                return true;
+            }
+        }
+    }
+
+    fn write_new(&mut self, open: &mut Open) -> Bytes {
+        let n = self.next;
+        self.next += 1;
+        open.push_back(self.book.writes(self.index, n, 0));
+        self.line(n)
+    }
+
+    fn write_again(&mut self, open: &mut Open) -> Bytes {
+        let mut lines = Vec::new();
+        while open.len() < WINDOW
+            && lines.len() < BATCH
+            && let Some((n, again)) = self.again.pop_front()
+        {
+            open.push_back(self.book.writes(self.index, n, again));
+            lines.extend_from_slice(&self.line(n));
+        }
+        lines.into()
+    }
+
+    fn line(&self, n: u64) -> Bytes {
+        let envelope = json!({
+            "id": self.book.id(self.index, n),
+            "type": "fault",
+            "key": key(self.index, n),
+            "payload": BASE64_STANDARD.encode(payload(self.index, n)),
+            "headers": BTreeMap::from([("n", n.to_string())]),
+        });
+        Bytes::from(format!("{envelope}\n"))
+    }
+
+    /// False when the hub takes nothing more on this connection.
+    fn take_answers(&mut self, text: &mut Vec<u8>, open: &mut Open) -> bool {
+        while let Some(end) = text.iter().position(|b| *b == b'\n') {
+            let line: Vec<u8> = text.drain(..=end).collect();
+            let answer: Value = serde_json::from_slice(&line).expect("a line of JSON");
+            let error = &answer["error"];
+            if error["detail"]
+                .as_str()
+                .is_some_and(|d| d.contains("shutting down"))
+            {
+                return false;
+            }
+            let place = open.pop_front().expect("an answer for a line");
+            let (outcome, problem) = match answer["outcome"].as_str() {
+                Some("delivered") => (Outcome::Delivered, None),
+                Some("spooled") => {
+                    let durable = answer["durable"] == json!(true);
+                    let weak = (!durable).then(|| "not durable".to_owned());
+                    (Outcome::Spooled, weak)
+                }
+                _ => {
+                    let outcome = match error["assume"].as_str() {
+                        Some("not_sent") => Outcome::NotSent,
+                        Some("rejected") => Outcome::Rejected,
+                        _ => Outcome::Unknown,
+                    };
+                    (outcome, Some(error.to_string()))
+                }
+            };
+            self.book.answered(place, outcome, problem);
+            self.progress.answered.fetch_add(1, Ordering::Relaxed);
+        }
+        true
+    }
+}
+
+const PUBLISHERS: usize = 3;
+/// Messages that may be due and not written.
+const DEBT: u64 = 100;
+const TICK: Duration = Duration::from_millis(5);
+const RECONNECT: Duration = Duration::from_millis(50);
+/// Without any answer for this long a client gives a connection up.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Lines of a publisher without an answer: enough to keep the hub busy, few
+/// enough that waiting behind one's own lines is no matter of seconds.
+const WINDOW: usize = 150;
+/// Lines that are repeated at a time.
+const BATCH: usize = 100;
