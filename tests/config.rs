@@ -821,7 +821,11 @@ fn what_a_configuration_weakens_is_said_with_its_clause() {
             "{what} is missing in {all:?}"
         );
     };
-    has(&from_env(&[]), "no broker is used", "C2");
+    has(
+        &from_env(&[]),
+        "no broker is used, and nothing is kept on a disk",
+        "C2",
+    );
     let shipped = load(BLOCKS, &[]);
     has(&shipped, "RabbitMQ has a default password", "security");
     has(&shipped, "the fallback keeps messages in memory", "C2");

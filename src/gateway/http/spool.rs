@@ -71,7 +71,7 @@ struct Resume {
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Rate {
-    PerSecond(u64),
+    PerSecond(i64),
     Word(String),
 }
 
