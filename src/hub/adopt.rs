@@ -100,7 +100,7 @@ impl MessagingHub {
         let failed = |why: Error, adopted: &mut Adopted| {
             adopted.reason.get_or_insert_with(|| why.to_string());
         };
-        let mut under_way: VecDeque<(Seq, Pending)> = VecDeque::new();
+        let mut under_way: VecDeque<(Seq, bool, Pending)> = VecDeque::new();
         'lane: loop {
             let next = keeper.first(AT_ONCE);
             if next.is_empty() {
@@ -124,8 +124,9 @@ impl MessagingHub {
                 break;
             }
             for (seq, entry) in entries {
+                let persistent = entry.message.is_persistent();
                 match self.enqueue_kept(&name, entry).await {
-                    Ok(pending) => under_way.push_back((seq, pending)),
+                    Ok(pending) => under_way.push_back((seq, persistent, pending)),
                     Err(error) => {
                         failed(error, adopted);
                         break;
@@ -133,10 +134,11 @@ impl MessagingHub {
                 }
             }
             let all = under_way.len();
-            while let Some((seq, pending)) = under_way.pop_front() {
+            while let Some((seq, persistent, pending)) = under_way.pop_front() {
                 match pending.await {
                     Ok(receipt) => {
-                        if matches!(receipt.outcome, Outcome::Spooled { durable: false }) {
+                        let in_doubt = Outcome::Spooled { durable: false };
+                        if persistent && receipt.outcome == in_doubt {
                             // Here it would not outlive this process.
                             failed(in_memory(), adopted);
                             keeper.flush(std::time::Instant::now());

@@ -19,6 +19,10 @@ pub struct CloseReport {
     pub handlers_given_up: u64,
 }
 
+/// What closing the spool's files gets at least.
+#[cfg(feature = "journal")]
+const CLOSE_SLACK: Duration = Duration::from_secs(5);
+
 /// Share of the grace period that handlers get; the rest is for lanes and
 /// brokers.
 const HANDLERS_SHARE: f64 = 0.6;
@@ -68,7 +72,9 @@ impl MessagingHub {
             }
             let left = lane.status.messages.load(Relaxed);
             if lane.durable {
-                report.left_in_journal += left;
+                let unkept = lane.status.unkept.load(Relaxed).min(left);
+                report.left_in_journal += left - unkept;
+                report.left_in_memory_spool += unkept;
             } else {
                 report.left_in_memory_spool += left;
             }
@@ -86,7 +92,12 @@ impl MessagingHub {
         }
         // The dead letters' task was the last that lets go of spooled messages.
         #[cfg(feature = "journal")]
-        self.close_spool().await;
+        if tokio::time::timeout_at(start + grace.max(CLOSE_SLACK), self.close_spool())
+            .await
+            .is_err()
+        {
+            tracing::error!("the data folder's disk does not answer; left as it is");
+        }
         for broker in self.all_brokers() {
             if let Err(error) = broker.close().await {
                 tracing::warn!(broker = %broker.broker_type(), %error, "a broker did not close cleanly");

@@ -42,7 +42,10 @@ impl DeadLetters {
                             .dead_letter(&letter.topic, letter.message, letter.failure)
                             .await
                     }
-                    None => Ok(()),
+                    None => Err(crate::Error::new(
+                        crate::ErrorCode::DeadLetterFailed,
+                        "the fallback keeps no queues, and so no dead letters",
+                    )),
                 };
                 match done {
                     Ok(()) => {

@@ -85,7 +85,12 @@ impl std::str::FromStr for Timestamp {
 
 impl Serialize for Timestamp {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(self)
+        // What no calendar reaches has no RFC 3339 form; as a number it is read
+        // back as what it was.
+        match jiff::Timestamp::from_millisecond(self.0) {
+            Ok(_) => s.collect_str(self),
+            Err(_) => s.serialize_i64(self.0),
+        }
     }
 }
 

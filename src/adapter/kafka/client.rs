@@ -70,7 +70,6 @@ pub(super) fn producer(
         .max_message_bytes
         .saturating_add(RECORD_OVERHEAD)
         .clamp(1000, 1_000_000_000);
-    let timeout = clamp_ms(config.message_timeout, 1, 86_400_000);
     c.set("enable.idempotence", config.enable_idempotence.to_string())
         .set("acks", acks(config.required_acks))
         .set("compression.type", codec(compression))
@@ -80,7 +79,10 @@ pub(super) fn producer(
             batch_bytes.clamp(1, i32::MAX as usize).to_string(),
         )
         .set("message.max.bytes", message_bytes.to_string())
-        .set("delivery.timeout.ms", timeout)
+        // Never: librdkafka lets records of a partition expire one by one, and
+        // what was published a moment later would be stored before what has to
+        // be written again. A producer that stands still is given up as a whole.
+        .set("delivery.timeout.ms", "0")
         // What the metadata does not know after this long is unknown.
         .set("topic.metadata.propagation.max.ms", "2000")
         .set("queue.buffering.max.messages", QUEUED_MESSAGES.to_string())

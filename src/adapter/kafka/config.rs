@@ -37,8 +37,8 @@ pub struct KafkaConfig {
     /// Keys go to the partition that Java clients choose (murmur2). Default
     /// false: the one that librdkafka chooses (CRC32).
     pub murmur2_partitioner: bool,
-    /// How long librdkafka tries to write a message before its outcome counts
-    /// as unknown. Default 10 s.
+    /// How long a producer that owes outcomes may bring none before it is given
+    /// up, and the outcome of all that it holds counts as unknown. Default 10 s.
     #[serde(with = "crate::duration")]
     pub message_timeout: Duration,
     /// Default 10 s.

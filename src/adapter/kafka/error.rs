@@ -119,7 +119,7 @@ pub(super) fn fate(error: &KafkaError, topic: &str, bytes: usize, batch_bytes: u
         )),
         Code::MessageTimedOut => Fate::Unknown(make(
             ErrorCode::ConfirmTimeout,
-            "no outcome within kafka.message_timeout; the record may be stored".to_owned(),
+            "no outcome in time; the record may be stored".to_owned(),
         )),
         // A purged record may have been sent before and put back for a retry,
         // so even one that waited in the queue may be stored.

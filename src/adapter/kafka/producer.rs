@@ -1,9 +1,12 @@
 //! One librdkafka producer: its callbacks, the tickets that carry each record's
 //! answer, and its end. It knows nothing of lanes but how to end them.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use rdkafka::{
@@ -17,6 +20,7 @@ use rdkafka::{
 use tokio::{
     runtime::Handle,
     sync::{Notify, mpsc::OwnedPermit, oneshot},
+    time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -44,12 +48,44 @@ pub(super) enum Reply {
     Nobody,
 }
 
+/// A lane, as far as its records know it.
+#[derive(Debug)]
+pub(super) struct LaneEnd {
+    pub(super) token: CancellationToken,
+    /// Tickets without an outcome.
+    owed: AtomicUsize,
+}
+
+impl LaneEnd {
+    pub(super) fn new(token: CancellationToken) -> Self {
+        Self {
+            token,
+            owed: AtomicUsize::new(0),
+        }
+    }
+
+    /// A ticket for one of its records.
+    pub(super) fn ticket(self: &Arc<Self>, reply: Reply) -> Box<Ticket> {
+        self.owed.fetch_add(1, Ordering::AcqRel);
+        Box::new(Ticket {
+            reply,
+            lane: Some(Arc::clone(self)),
+            bytes: 0,
+        })
+    }
+
+    /// Whether the producer still holds records of it.
+    pub(super) fn owes(&self) -> bool {
+        self.owed.load(Ordering::Acquire) > 0
+    }
+}
+
 /// Travels with a record and answers for it exactly once.
 #[derive(Debug)]
 pub(super) struct Ticket {
     pub(super) reply: Reply,
     /// Ended by an unknown outcome.
-    pub(super) lane: Option<Arc<CancellationToken>>,
+    pub(super) lane: Option<Arc<LaneEnd>>,
     /// Payload, key and headers.
     pub(super) bytes: usize,
 }
@@ -64,7 +100,7 @@ impl Ticket {
         if matches!(fate, Fate::Unknown(_))
             && let Some(lane) = &self.lane
         {
-            lane.cancel();
+            lane.token.cancel();
         }
         match std::mem::replace(&mut self.reply, Reply::Nobody) {
             Reply::Lane(token, permit) => {
@@ -91,6 +127,9 @@ impl Drop for Ticket {
                 .at(BrokerType::Kafka),
             ));
         }
+        if let Some(lane) = &self.lane {
+            lane.owed.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 }
 
@@ -98,8 +137,12 @@ impl Drop for Ticket {
 #[derive(Debug)]
 pub(super) struct Shared {
     link: Arc<Link>,
-    /// Cancelled by a fatal error: nothing more can be written.
+    /// Cancelled by a fatal error, or when it is given up: nothing more can be
+    /// written.
     pub(super) dead: CancellationToken,
+    /// Records without an outcome, and since when there was none.
+    owed: AtomicUsize,
+    quiet_since: Mutex<Instant>,
     /// Wakes lanes that found the queue full.
     room: Notify,
     waiting: AtomicUsize,
@@ -107,11 +150,68 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    fn owe(&self) -> Owed<'_> {
+        if self.owed.fetch_add(1, Ordering::AcqRel) == 0 {
+            self.touch();
+        }
+        Owed(self)
+    }
+
+    fn settled(&self) {
+        self.owed.fetch_sub(1, Ordering::AcqRel);
+        self.touch();
+    }
+
+    fn touch(&self) {
+        *self
+            .quiet_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Waits until outcomes have been owed for `limit` and none came.
+    ///
+    /// Cancel safe.
+    pub(super) async fn stalled(&self, limit: Duration) {
+        loop {
+            let since = *self
+                .quiet_since
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            let until = if self.owed.load(Ordering::Acquire) == 0 {
+                now + limit
+            } else {
+                since + limit
+            };
+            if until <= now {
+                return;
+            }
+            tokio::time::sleep_until(until).await;
+        }
+    }
+
     fn is_fatal(code: Option<Code>) -> bool {
         matches!(
             code,
             Some(Code::Fatal | Code::Fenced | Code::ProducerFenced | Code::GaplessGuarantee)
         )
+    }
+}
+
+/// One more outcome that is owed; dropped, it is not after all.
+struct Owed<'a>(&'a Shared);
+
+impl Owed<'_> {
+    /// The callback settles it.
+    fn taken(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Owed<'_> {
+    fn drop(&mut self) {
+        self.0.settled();
     }
 }
 
@@ -139,6 +239,7 @@ impl ProducerContext for Context {
     /// Runs on the producer's own thread and must not wait.
     fn delivery(&self, result: &DeliveryResult<'_>, ticket: Box<Ticket>) {
         let shared = &self.0;
+        shared.settled();
         let fate = match result {
             Ok(record) => {
                 shared.link.delivered();
@@ -184,6 +285,8 @@ impl Producer {
         let shared = Arc::new(Shared {
             link,
             dead: CancellationToken::new(),
+            owed: AtomicUsize::new(0),
+            quiet_since: Mutex::new(Instant::now()),
             room: Notify::new(),
             waiting: AtomicUsize::new(0),
             batch_bytes,
@@ -201,6 +304,17 @@ impl Producer {
     /// back as its ticket when it was not taken: with the reason, or none when
     /// `until` ended first.
     pub(super) async fn send(
+        &self,
+        record: Record<'_>,
+        until: &CancellationToken,
+    ) -> Result<(), (Box<Ticket>, Option<KafkaError>)> {
+        let owed = self.shared.owe();
+        self.hand_over(record, until).await?;
+        owed.taken();
+        Ok(())
+    }
+
+    async fn hand_over(
         &self,
         mut record: Record<'_>,
         until: &CancellationToken,

@@ -20,7 +20,7 @@ use super::{
     error::{fate, invalid},
     link::Link,
     partitioner::Partitioner,
-    producer::{Producer, Reaper, Record, Reply, Ticket},
+    producer::{LaneEnd, Producer, Reaper, Record, Reply, Ticket},
     record,
     topics::Topics,
 };
@@ -100,7 +100,7 @@ impl Publisher {
         let writer = Writer {
             publisher: Arc::clone(self),
             // A fatal error of the producer ends all its lanes.
-            end: Arc::new(producer.shared.dead.child_token()),
+            end: Arc::new(LaneEnd::new(producer.shared.dead.child_token())),
             producer,
             topic: topic.clone(),
             partitions,
@@ -120,7 +120,7 @@ impl Publisher {
             || OrderKey::Publisher(u64::from(crc32fast::hash(message.id.as_str().as_bytes()))),
             |key| OrderKey::Key(key.bytes()),
         );
-        let (tx, outcome) = oneshot::channel();
+        let (tx, mut outcome) = oneshot::channel();
         let ticket = Box::new(Ticket {
             reply: Reply::One(tx),
             lane: None,
@@ -130,7 +130,17 @@ impl Publisher {
         let place = (topic, 0);
         self.write(&producer, place, (message, marks, &order), ticket, &until)
             .await;
-        outcome.await.unwrap_or_else(|_| {
+        // Held on to, a producer that was given up would never be purged.
+        let dead = producer.shared.dead.clone();
+        drop(producer);
+        let told = tokio::select! {
+            told = &mut outcome => told,
+            () = dead.cancelled() => {
+                self.producers().retain(|_, p| !p.shared.dead.is_cancelled());
+                outcome.await
+            }
+        };
+        told.unwrap_or_else(|_| {
             Fate::Unknown(Error::unknown(
                 ErrorCode::PublishFailed,
                 "the producer ended without an outcome",
@@ -180,6 +190,20 @@ impl Publisher {
             self.reaper.clone(),
         )?);
         producers.insert((compression, batch), Arc::clone(&producer));
+        let shared = Arc::clone(&producer.shared);
+        let closing = self.closing.clone();
+        let limit = self.config.message_timeout;
+        self.lanes.spawn(async move {
+            tokio::select! {
+                () = shared.stalled(limit) => {
+                    tracing::warn!(target: "messaging_hub::kafka", ?limit,
+                        "no outcome came for so long that the producer is given up");
+                    shared.dead.cancel();
+                }
+                () = shared.dead.cancelled() => {}
+                () = closing.cancelled() => {}
+            }
+        });
         Ok(producer)
     }
 
@@ -264,7 +288,7 @@ struct Writer {
     /// As many as there were when the lane was opened.
     partitions: i32,
     confirm: bool,
-    end: Arc<CancellationToken>,
+    end: Arc<LaneEnd>,
 }
 
 impl Writer {
@@ -273,7 +297,7 @@ impl Writer {
         loop {
             let batch = tokio::select! {
                 biased;
-                () = self.end.cancelled() => break,
+                () = self.end.token.cancelled() => break,
                 () = closing.cancelled() => break,
                 // The reader of the answers is gone, and with it the lane.
                 () = port.confirmations.closed() => break,
@@ -283,6 +307,12 @@ impl Writer {
             for submission in batch {
                 self.submit(submission, &port.confirmations).await;
             }
+        }
+        if self.end.owes() && !closing.is_cancelled() {
+            // The lane was given up, and what the producer still holds of it will
+            // be written again by another: stored late, the rest would stand
+            // before what comes again. Nothing but a purge takes it back.
+            self.producer.shared.dead.cancel();
         }
         if self.producer.shared.dead.is_cancelled() {
             // Lets go of the dead producer, so that it is purged and every
@@ -312,7 +342,7 @@ impl Writer {
         let Ok(permit) = answers.clone().reserve_owned().await else {
             return;
         };
-        if self.end.is_cancelled() {
+        if self.end.token.is_cancelled() {
             permit.send(Confirmation {
                 token: submission.token,
                 fate: Fate::Unsent(ended(&self.topic)),
@@ -324,15 +354,11 @@ impl Writer {
         } else {
             (Some(permit), Reply::Nobody)
         };
-        let ticket = Box::new(Ticket {
-            reply,
-            lane: Some(Arc::clone(&self.end)),
-            bytes: 0,
-        });
+        let ticket = self.end.ticket(reply);
         let place = (&self.topic, self.partitions);
         let message = (&*submission.message, &submission.marks, &submission.order);
         self.publisher
-            .write(&self.producer, place, message, ticket, &self.end)
+            .write(&self.producer, place, message, ticket, &self.end.token)
             .await;
         if let Some(permit) = permit {
             permit.send(Confirmation {

@@ -64,6 +64,8 @@ struct Put<W> {
     body: Bytes,
     /// None: nobody is to be told any more.
     waiter: Option<W>,
+    /// The form that this one stands in for; gone with the same record.
+    replaces: Option<KeptId>,
 }
 
 /// What a flush or a sync brought.
@@ -115,6 +117,11 @@ impl<W> Keeper<W> {
         self.ids.first_keys(count)
     }
 
+    /// How many of so many spooled messages are in memory only.
+    pub(crate) fn unkept(&self, spooled: usize) -> usize {
+        spooled.saturating_sub(self.ids.len() + self.puts.len())
+    }
+
     /// Nobody waits for the disk.
     pub(crate) fn is_quiet(&self) -> bool {
         self.unsynced.is_empty() && self.puts.is_empty()
@@ -144,6 +151,7 @@ impl<W> Keeper<W> {
             seq,
             body,
             waiter: waits,
+            replaces: None,
         });
         told
     }
@@ -155,11 +163,18 @@ impl<W> Keeper<W> {
         }
         match codec::encode(&self.lane, seq, entry) {
             Ok(body) => {
-                let told = self.remove(seq);
+                let mut replaces = self.ids.remove(seq);
+                let mut waiter = None;
+                if let Some(at) = self.puts.iter().rposition(|p| p.seq == seq) {
+                    let earlier = self.puts.remove(at);
+                    waiter = earlier.waiter;
+                    replaces = replaces.or(earlier.replaces);
+                }
                 self.puts.push(Put {
                     seq,
                     body,
-                    waiter: told.map(|(waiter, _)| waiter),
+                    waiter,
+                    replaces,
                 });
             }
             Err(error) => self.complain(&error),
@@ -174,8 +189,9 @@ impl<W> Keeper<W> {
             return None;
         }
         let at = self.puts.iter().rposition(|p| p.seq == seq)?;
-        let waiter = self.puts.remove(at).waiter?;
-        Some((waiter, Outcome::Spooled { durable: false }))
+        let put = self.puts.remove(at);
+        self.removals.extend(put.replaces);
+        Some((put.waiter?, Outcome::Spooled { durable: false }))
     }
 
     /// Hands the duty to let go of a message to somebody else. None: it is not
@@ -200,7 +216,9 @@ impl<W> Keeper<W> {
         let puts = std::mem::take(&mut self.puts);
         let removals = std::mem::take(&mut self.removals);
         let bodies = puts.iter().map(|p| p.body.clone()).collect();
-        match store.kept.write(bodies, &removals) {
+        let replaced = puts.iter().filter_map(|p| p.replaces);
+        let outdated: Vec<KeptId> = removals.iter().copied().chain(replaced).collect();
+        match store.kept.write(bodies, &outdated) {
             Ok(written) => {
                 for (put, id) in puts.into_iter().zip(written.id..) {
                     self.ids.insert(put.seq, id);
@@ -214,6 +232,15 @@ impl<W> Keeper<W> {
             }
             Err(error) => {
                 self.complain(&error);
+                for put in &puts {
+                    if let Some(old) = put.replaces {
+                        self.ids.insert(put.seq, old);
+                    }
+                }
+                // Removals need no room; alone they are taken unless it is broken.
+                if !removals.is_empty() && store.kept.write(Vec::new(), &removals).is_err() {
+                    self.removals = removals;
+                }
                 let waiting = puts.into_iter().filter_map(|p| p.waiter);
                 progress
                     .answers
@@ -256,6 +283,8 @@ impl<W> Keeper<W> {
             };
             if durable {
                 progress.kept.push(next.seq);
+            } else {
+                self.ids.remove(next.seq);
             }
             if let Some(waiter) = next.waiter {
                 // With a broken disk it is in memory all the same, and drained
@@ -358,10 +387,30 @@ impl Loader {
         };
         for chunk in self.wanted.chunks(CHUNK) {
             let ids: Vec<KeptId> = chunk.iter().filter_map(|(_, id)| *id).collect();
-            let mut bodies = self.store.read(&ids)?.into_iter();
+            let mut bodies: Vec<Result<Option<Bytes>>> = match self.store.read(&ids) {
+                Ok(bodies) => bodies.into_iter().map(Ok).collect(),
+                // One that is damaged costs its chunk; asked for one by one, the
+                // others come.
+                Err(error) => {
+                    let one = |id: &KeptId| {
+                        let read = self.store.read(std::slice::from_ref(id))?;
+                        Ok(read.into_iter().next().flatten())
+                    };
+                    let single: Vec<_> = ids.iter().map(one).collect();
+                    if ids.len() > 1 && single.iter().all(Result::is_err) {
+                        return Err(error);
+                    }
+                    single
+                }
+            };
+            bodies.reverse();
             for (seq, id) in chunk {
-                let body = id.and_then(|_| bodies.next().flatten());
-                match body.ok_or_else(gone).and_then(|b| codec::decode(&b)) {
+                let body = match id {
+                    Some(_) => bodies.pop().unwrap_or(Ok(None)),
+                    None => Ok(None),
+                };
+                let found = body.and_then(|body| body.ok_or_else(gone));
+                match found.and_then(|b| codec::decode(&b)) {
                     Ok(kept) => {
                         bytes += kept.entry.message.size();
                         loaded.entries.push((*seq, kept.entry));

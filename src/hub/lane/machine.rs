@@ -172,6 +172,8 @@ pub(crate) struct Machine<W> {
     pause: Duration,
     /// A `Load` was emitted and not answered yet.
     loading: bool,
+    /// Spooled messages that a restart would not bring back.
+    unkept: usize,
     /// How many messages intake may add to the spool while it drains; earned by
     /// drained messages, two for one, so that the spool shrinks under any load.
     credit: usize,
@@ -223,6 +225,7 @@ impl<W> Machine<W> {
             pause_until: None,
             pause,
             loading: false,
+            unkept: 0,
             credit: FIRST_CREDIT,
             half_credit: false,
             drained: 0,
@@ -530,7 +533,13 @@ impl<W> Machine<W> {
 
     /// Closing, with a spool that the next process takes up.
     fn leaves_the_rest(&self) -> bool {
-        self.closing && self.settings.durable
+        self.closing && self.settings.durable && self.unkept == 0
+    }
+
+    /// How many spooled messages are in memory only, although others are kept:
+    /// the disk was full, or broke. They would be lost with the process.
+    pub(crate) fn note_unkept(&mut self, unkept: usize) {
+        self.unkept = unkept;
     }
 
     /// Time has passed.
@@ -841,7 +850,7 @@ impl<W> Machine<W> {
 
     /// Does whatever the state allows now: ends a suspicion, drains, admits.
     fn pump(&mut self, now: Now) {
-        let hurry = self.closing && !self.settings.durable;
+        let hurry = self.hurries();
         self.spool.wake(if hurry { far_future() } else { now.wall });
         if self.state == LaneState::Suspect
             && self.spool.in_doubt() == 0
@@ -883,6 +892,11 @@ impl<W> Machine<W> {
         }
     }
 
+    /// Closing, with messages that nobody takes up later.
+    fn hurries(&self) -> bool {
+        self.closing && !self.leaves_the_rest()
+    }
+
     fn want_load(&mut self) {
         // Ready entries that stand behind the tail are of no use before it.
         let half = self.settings.head.div_ceil(2);
@@ -921,7 +935,7 @@ impl<W> Machine<W> {
         }
         // What a memory spool still holds when the hub closes is lost: no limit
         // is worth that.
-        let hurry = self.closing && !self.settings.durable;
+        let hurry = self.hurries();
         while self.has_drain_window() {
             let Some(seq) = self.spool.next_to_drain() else {
                 return;
@@ -992,7 +1006,9 @@ impl<W> Machine<W> {
                     LaneState::Suspect | LaneState::Degraded => Way::Wait,
                     LaneState::Draining => {
                         if self.spool.fences(&intake.order) {
-                            if spool_room && (self.credit > 0 || self.is_slowed()) {
+                            // Nothing is drained any more that could earn credit.
+                            let free = self.is_slowed() || self.leaves_the_rest();
+                            if spool_room && (self.credit > 0 || free) {
                                 Way::Spool
                             } else {
                                 Way::Wait

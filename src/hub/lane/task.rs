@@ -134,6 +134,8 @@ pub(crate) struct Status {
     state: AtomicU8,
     pub(crate) messages: AtomicU64,
     pub(crate) in_doubt: AtomicU64,
+    /// Those that are in memory only, although there is a disk.
+    pub(crate) unkept: AtomicU64,
     pub(crate) bytes: AtomicU64,
     /// Milliseconds since the epoch; 0: nothing is spooled.
     pub(crate) oldest: AtomicU64,
@@ -524,6 +526,9 @@ impl Task {
             if actions.is_empty() {
                 let progress = self.keeper.flush(now().at);
                 self.tell(progress);
+                let unkept = self.keeper.unkept(self.machine.spool().len());
+                self.machine.note_unkept(unkept);
+                self.status.unkept.store(unkept as u64, Relaxed);
                 return;
             }
             for action in actions {
@@ -548,6 +553,10 @@ impl Task {
                         failure,
                     } => {
                         self.parts.recorder.messages_dead_lettered.inc();
+                        // What was noted of it is written first, or there
+                        // would be nothing that is kept until it is buried.
+                        let progress = self.keeper.flush(now().at);
+                        self.tell(progress);
                         let release = self.keeper.give_away(seq);
                         self.forget(seq);
                         if let Some(dead) = &self.parts.dead {

@@ -442,13 +442,13 @@ impl Oracle {
                         ));
                     }
                 }
-                Some(Err(error)) if life.joined.is_none() => {
-                    if life.durable > 0 || life.handled.is_some() {
-                        failures.push((
-                            "C1",
-                            format!("{attempt} was called {:?} and is there", error.assume()),
-                        ));
-                    }
+                Some(Err(error))
+                    if life.joined.is_none() && (life.durable > 0 || life.handled.is_some()) =>
+                {
+                    failures.push((
+                        "C1",
+                        format!("{attempt} was called {:?} and is there", error.assume()),
+                    ));
                 }
                 _ => {}
             }
@@ -470,7 +470,9 @@ impl Oracle {
     /// died, and those that a local handler had.
     fn disorder(&self, log: &[(Attempt, bool)]) -> Option<String> {
         let mut seen = BTreeSet::new();
-        let mut last: HashMap<(usize, Option<u32>, &(OrderKey, u8)), Attempt> = HashMap::new();
+        // Whose order: the process, its life where only that counts, key and priority.
+        type Line<'a> = (usize, Option<u32>, &'a (OrderKey, u8));
+        let mut last: HashMap<Line<'_>, Attempt> = HashMap::new();
         for (attempt, _) in log {
             let life = &self.lives[*attempt as usize];
             if !seen.insert(*attempt)

@@ -256,6 +256,20 @@ mod tests {
     }
 
     #[test]
+    fn a_time_that_no_calendar_reaches_comes_back_too() {
+        for far in [i64::MAX, i64::MIN, 0] {
+            let far = Timestamp::from_millis(far);
+            let mut message = Message::new("kind", "x").with_timestamp(far);
+            message.expiration = Some(far);
+            let mut entry = entry(message);
+            (entry.since, entry.due) = (far, Some(far));
+            let kept = decode(&encode(&lane(), 1, &entry).unwrap()).unwrap();
+            assert_eq!(kept.entry.message, entry.message);
+            assert_eq!((kept.entry.since, kept.entry.due), (far, Some(far)));
+        }
+    }
+
+    #[test]
     fn what_cannot_be_read_is_refused_at_every_cut() {
         let whole = encode(&lane(), 1, &entry(Message::new("k", "payload"))).unwrap();
         let described = whole.len() - "payload".len();

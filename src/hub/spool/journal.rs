@@ -23,6 +23,9 @@ use crate::{
 /// The spool of a hub, on the disk.
 pub(crate) struct SpoolLog(Journal);
 
+/// Bytes that wait for the disk at most, for all lanes.
+const QUEUED_BYTES: u64 = 256 * 1024 * 1024;
+
 /// The spool's folder in a data folder.
 pub(crate) const FOLDER: &str = "spool";
 
@@ -52,6 +55,8 @@ impl SpoolLog {
     pub(crate) fn open(dir: &Path, max_bytes: u64, wanted: Wanted) -> Result<(Self, Left)> {
         let options = JournalOptions {
             max_bytes,
+            // All lanes of a broker that stalls file their windows at once.
+            max_queued_bytes: QUEUED_BYTES,
             ..JournalOptions::default()
         };
         let opened = Journal::open(dir, options).map_err(|e| wrong(&e))?;
@@ -115,11 +120,14 @@ fn note(left: &mut Left, id: KeptId, kept: codec::Kept, wanted: Wanted) {
     }
     let size = message.size();
     let lane = left.lanes.entry(kept.lane).or_default();
-    let seq: Seq = kept.seq;
-    if lane.ids.get(seq).is_none() {
-        lane.ids.insert(seq, id);
-        lane.spool.restore(seq, &kept.entry.order, size);
-    }
+    // Two lanes of one name, one after the other in one process, both began at
+    // one: what came later stands behind.
+    let seq: Seq = match lane.ids.get(kept.seq) {
+        None => kept.seq,
+        Some(_) => lane.ids.last_key().map_or(1, |last| last + 1),
+    };
+    lane.ids.insert(seq, id);
+    lane.spool.restore(seq, &kept.entry.order, size);
 }
 
 impl SpoolStore for SpoolLog {

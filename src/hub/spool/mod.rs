@@ -245,8 +245,9 @@ impl Spool {
         };
         // What the disk has is what it was when it came: a mark made since would
         // be lost, and a changed size be given back wrongly.
-        let changed =
-            entry.marks.possible_duplicate || entry.size != entry.message.size() + ENTRY_OVERHEAD;
+        let changed = entry.marks.possible_duplicate
+            || entry.message.redelivered
+            || entry.size != entry.message.size() + ENTRY_OVERHEAD;
         if !fits || changed || !self.ready.contains(&seq) {
             return false;
         }
