@@ -282,10 +282,11 @@ impl Shared {
                 .ok()?;
         }
         consumer.assign(&assignment).ok()?;
-        let mut uncommitted = 0;
+        let (mut uncommitted, mut unheard) = (0, 0);
         loop {
             if self.die.load(Ordering::SeqCst) {
-                self.repeatable.fetch_add(uncommitted, Ordering::SeqCst);
+                self.repeatable
+                    .fetch_add(uncommitted + unheard, Ordering::SeqCst);
                 return Some(());
             }
             let stop = self.stop.load(Ordering::SeqCst);
@@ -325,13 +326,16 @@ impl Shared {
                         .add_partition_offset(topic, *partition, Offset::Offset(*offset))
                         .ok()?;
                 }
-                if consumer.commit(&positions, CommitMode::Sync).is_ok() {
-                    uncommitted = 0;
+                // Waiting for the answer could last as long as the broker is away:
+                // what this one commits counts as settled with the next.
+                if consumer.commit(&positions, CommitMode::Async).is_ok() {
+                    (unheard, uncommitted) = (uncommitted, 0);
                 }
             }
             if stop {
                 // What could not be committed comes again.
-                self.repeatable.fetch_add(uncommitted, Ordering::SeqCst);
+                self.repeatable
+                    .fetch_add(uncommitted + unheard, Ordering::SeqCst);
                 return Some(());
             }
         }
