@@ -92,6 +92,21 @@ pub(crate) async fn take(consumer: &mut Consumer, n: usize) -> Vec<Delivery> {
     out
 }
 
+/// Stops a consumer. What it was handed and did not look at is given back: a
+/// message that was dropped may have come again just before.
+pub(crate) async fn stop(consumer: Consumer) {
+    let Consumer {
+        deliveries,
+        control,
+        ..
+    } = consumer;
+    control.begin_stop();
+    drop(deliveries);
+    tokio::time::timeout(WAIT, control.stop())
+        .await
+        .expect("the consumer stops");
+}
+
 pub(crate) async fn ack_all(deliveries: Vec<Delivery>) {
     for delivery in deliveries {
         delivery.ack().await.unwrap();

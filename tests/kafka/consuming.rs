@@ -59,13 +59,13 @@ async fn fault_14_a_failed_message_is_not_skipped_when_a_later_one_commits() {
     assert!(again.received().message.redelivered);
     // Left to the group at the end.
     drop(again);
-    consumer.control.stop().await;
+    stop(consumer).await;
     assert_eq!(offset(&broker, &group, &topic).await, Some(3));
     let mut consumer = broker.consume(&stream(&topic), &options).await.unwrap();
     let rest = take(&mut consumer, 7).await;
     assert_eq!(body(&rest[0]), "3");
     ack_all(rest).await;
-    consumer.control.stop().await;
+    stop(consumer).await;
     assert_eq!(offset(&broker, &group, &topic).await, Some(10));
     broker.close().await.unwrap();
 }
@@ -95,8 +95,8 @@ async fn fault_13_two_subscribers_of_a_topic_both_get_everything() {
         assert_eq!(bodies.len(), 60);
         ack_all(got).await;
     }
-    a.control.stop().await;
-    b.control.stop().await;
+    stop(a).await;
+    stop(b).await;
     broker.close().await.unwrap();
 }
 
@@ -178,8 +178,8 @@ async fn a_rebalance_of_two_members_loses_nothing_and_stale_settlements_fail() {
         }
     }
     assert!(by_a > 0 && by_b > 0, "shared: {by_a} and {by_b}");
-    a.control.stop().await;
-    b.control.stop().await;
+    stop(a).await;
+    stop(b).await;
     let mut committed = 0;
     for partition in 0..4 {
         committed += broker
@@ -220,7 +220,7 @@ async fn seeking_by_time_moves_a_live_group_and_one_at_rest() {
     let bodies: BTreeSet<u32> = again.iter().map(|d| body(d).parse().unwrap()).collect();
     assert_eq!(bodies, (60..100).collect());
     ack_all(again).await;
-    consumer.control.stop().await;
+    stop(consumer).await;
     assert_eq!(offset(&broker, &group, &topic).await, Some(50));
     // At rest.
     let at = Timestamp::from_millis(start + 90_000);
@@ -236,7 +236,7 @@ async fn seeking_by_time_moves_a_live_group_and_one_at_rest() {
         .map(|d| body(d).parse().unwrap())
         .collect();
     assert_eq!(bodies, (90..100).collect());
-    consumer.control.stop().await;
+    stop(consumer).await;
     broker.close().await.unwrap();
 }
 
@@ -272,10 +272,10 @@ async fn replay_by_time_leaves_the_positions_of_live_groups_alone() {
         .map(|d| body(d).parse().unwrap())
         .collect();
     assert_eq!(bodies, (30..50).collect());
-    replay.control.stop().await;
+    stop(replay).await;
     // The live group got nothing of it and stands where it stood.
     assert!(live.deliveries.try_recv().is_err());
-    live.control.stop().await;
+    stop(live).await;
     let mut committed = 0;
     for partition in 0..3 {
         committed += broker
@@ -322,7 +322,7 @@ async fn a_reader_at_the_latest_misses_nothing_once_it_is_active() {
                     .all(|d| body(d).starts_with(&format!("{round}-")))
             );
             ack_all(got).await;
-            reader.control.stop().await;
+            stop(reader).await;
         }
     }
     broker.close().await.unwrap();
@@ -374,7 +374,7 @@ async fn a_slow_reader_is_paused_keeps_its_membership_and_loses_nothing() {
             delivery.ack().await.unwrap();
         }
     }
-    consumer.control.stop().await;
+    stop(consumer).await;
     broker.close().await.unwrap();
 }
 
@@ -443,7 +443,7 @@ async fn a_slow_reader_without_a_group_loses_nothing() {
     for (i, delivery) in got.iter().enumerate() {
         assert_eq!(body(delivery), i.to_string());
     }
-    consumer.control.stop().await;
+    stop(consumer).await;
     broker.close().await.unwrap();
 }
 
@@ -459,11 +459,11 @@ async fn a_pattern_finds_new_topics_and_a_partition_can_be_read_alone() {
         ..Default::default()
     };
     broker.create_topic(&first, &two).await.unwrap();
-    let mut grouped = broker
+    let grouped = broker
         .consume(&pattern, &SubscribeOptions::group(unique("g")))
         .await
         .unwrap();
-    let mut live = broker
+    let live = broker
         .consume(&pattern, &SubscribeOptions::default())
         .await
         .unwrap();
@@ -473,12 +473,12 @@ async fn a_pattern_finds_new_topics_and_a_partition_can_be_read_alone() {
     broker.create_topic(&second, &two).await.unwrap();
     publish(&broker, &first, vec![text("a")]).await;
     publish(&broker, &second, vec![text("b")]).await;
-    for consumer in [&mut grouped, &mut live] {
-        let got = take(consumer, 2).await;
+    for mut consumer in [grouped, live] {
+        let got = take(&mut consumer, 2).await;
         let topics: BTreeSet<_> = got.iter().map(|d| d.received().topic.clone()).collect();
         assert_eq!(topics, BTreeSet::from([first.clone(), second.clone()]));
         ack_all(got).await;
-        consumer.control.stop().await;
+        stop(consumer).await;
     }
     let messages = (0..10)
         .map(|i| text(&i.to_string()).with_partition(i % 2))
@@ -495,7 +495,7 @@ async fn a_pattern_finds_new_topics_and_a_partition_can_be_read_alone() {
     for delivery in take(&mut one, 5).await {
         assert_eq!(delivery.received().message.partition, Some(1));
     }
-    one.control.stop().await;
+    stop(one).await;
     broker.close().await.unwrap();
 }
 
@@ -532,7 +532,7 @@ async fn a_dead_letter_carries_its_failure_and_frees_its_offset() {
         .await
         .unwrap();
     ack_all(got).await;
-    consumer.control.stop().await;
+    stop(consumer).await;
     assert_eq!(offset(&broker, &group, &topic).await, Some(2));
     let options = SubscribeOptions::default().starting(StartFrom::Earliest);
     let dead = Topic::new(dead).unwrap();
@@ -544,7 +544,7 @@ async fn a_dead_letter_carries_its_failure_and_frees_its_offset() {
     assert_eq!(failure.reason, "rejected");
     assert_eq!(failure.details, "no such customer");
     assert_eq!(failure.original_topic, topic.as_str());
-    reader.control.stop().await;
+    stop(reader).await;
     broker.close().await.unwrap();
 }
 
@@ -649,7 +649,7 @@ async fn options_that_kafka_does_not_have_are_refused() {
     let again = take(&mut consumer, 1).await.remove(0);
     assert_eq!(again.received().message.retry_count, 1);
     again.ack().await.unwrap();
-    consumer.control.stop().await;
+    stop(consumer).await;
     broker.close().await.unwrap();
 }
 
@@ -669,7 +669,7 @@ async fn a_group_waits_for_a_topic_that_does_not_exist_yet() {
     publish(&broker, &topic, vec![text("x")]).await;
     ack_all(take(&mut consumer, 1).await).await;
     assert!(consumer.control.is_active());
-    consumer.control.stop().await;
+    stop(consumer).await;
     broker.close().await.unwrap();
 }
 
@@ -704,6 +704,6 @@ async fn a_work_queue_is_a_topic_that_one_group_shares() {
         left -= next.len();
         ack_all(next).await;
     }
-    consumer.control.stop().await;
+    stop(consumer).await;
     broker.close().await.unwrap();
 }

@@ -120,7 +120,7 @@ async fn fault_12_outcomes_and_health_are_honest_when_the_broker_is_killed_and_c
     assert!(lost.is_empty(), "confirmed and lost: {lost:?}");
     let lied: Vec<_> = unsent.intersection(&stored).collect();
     assert!(lied.is_empty(), "said to be unsent and stored: {lied:?}");
-    reader.control.stop().await;
+    stop(reader).await;
     broker.close().await.unwrap();
 }
 
@@ -215,9 +215,9 @@ async fn fault_04_fault_13_both_consumers_take_up_their_work_after_the_broker_co
         .unwrap()
         .unwrap();
     publish(&broker, &topic, vec![text("after")]).await;
-    for consumer in [&mut consumer, &mut live] {
+    for mut consumer in [consumer, live] {
         loop {
-            let delivery = take(consumer, 1).await.remove(0);
+            let delivery = take(&mut consumer, 1).await.remove(0);
             let last = body(&delivery) == "after";
             // One of a dead generation cannot be settled; it comes again.
             let _ = delivery.ack().await;
@@ -225,7 +225,7 @@ async fn fault_04_fault_13_both_consumers_take_up_their_work_after_the_broker_co
                 break;
             }
         }
-        consumer.control.stop().await;
+        stop(consumer).await;
     }
     broker.close().await.unwrap();
 }
@@ -499,7 +499,7 @@ async fn groups_are_made_moved_and_deleted_from_outside() {
     assert!(error.to_string().contains("live members"), "{error}");
     other.close().await.unwrap();
     drop(again);
-    consumer.control.stop().await;
+    stop(consumer).await;
     broker.delete_consumer_group(&group).await.unwrap();
     assert_eq!(broker.offset(&group, &topic, 0).await.unwrap(), None);
     broker.close().await.unwrap();

@@ -93,7 +93,7 @@ async fn what_is_published_is_confirmed_and_consumed_and_closing_twice_is_fine()
         .collect();
     publish(&broker, &topic, messages).await;
     ack_all(take(&mut consumer, 100).await).await;
-    consumer.control.stop().await;
+    stop(consumer).await;
     broker.close().await.unwrap();
     broker.close().await.unwrap();
     let error = broker
