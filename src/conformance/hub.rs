@@ -209,6 +209,16 @@ impl Target for MessagingHub {
     }
 
     async fn close(&self) -> Result<()> {
+        // A hub that has just met its server again still moves back what it
+        // keeps in memory; an operator would not stop it before.
+        let spooled = || -> u64 {
+            let state = self.state();
+            state.routes.iter().map(|r| r.spool.messages).sum()
+        };
+        let until = tokio::time::Instant::now() + GRACE;
+        while spooled() > 0 && tokio::time::Instant::now() < until {
+            tokio::time::sleep(LOOK).await;
+        }
         let report = MessagingHub::close(self, GRACE).await;
         match report.left_in_memory_spool {
             0 => Ok(()),
@@ -252,6 +262,9 @@ impl Target for MessagingHub {
         MessagingHub::seek(self, group, topic.as_str(), partition, to).await
     }
 }
+
+/// Between looks at what is spooled.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What a hub is given to close; what a check still holds unsettled then uses it
 /// up.
