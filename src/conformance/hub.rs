@@ -215,7 +215,7 @@ impl Target for MessagingHub {
             let state = self.state();
             state.routes.iter().map(|r| r.spool.messages).sum()
         };
-        let until = tokio::time::Instant::now() + GRACE;
+        let until = tokio::time::Instant::now() + DRAIN;
         while spooled() > 0 && tokio::time::Instant::now() < until {
             tokio::time::sleep(LOOK).await;
         }
@@ -262,6 +262,9 @@ impl Target for MessagingHub {
         MessagingHub::seek(self, group, topic.as_str(), partition, to).await
     }
 }
+
+/// How long moving back may take once a check is over.
+const DRAIN: Duration = Duration::from_secs(20);
 
 /// Between looks at what is spooled.
 const LOOK: Duration = Duration::from_millis(20);
