@@ -25,7 +25,7 @@ use messaging_hub::{
     broker::{QueueOptions, QueueType, TopicOptions},
     config::MessagingConfig,
     hub::Publisher,
-    topology::{QueueSpec, TopicSpec, Topology},
+    topology::{QueueSpec, TopicSpec},
 };
 use support::{Brokers, Pairs, load, message, rate, raw_amqp::RawAmqp, raw_kafka::RawKafka};
 
@@ -131,20 +131,18 @@ async fn hub(brokers: &Brokers) -> Result<MessagingSystem> {
         brokers: brokers.kafka.split(',').map(str::to_owned).collect(),
         ..KafkaConfig::default()
     });
-    config.topology = Topology {
-        queues: vec![
-            queue(QUORUM, QueueType::Quorum),
-            queue(CLASSIC, QueueType::Classic),
-        ],
-        topics: vec![TopicSpec {
-            name: TOPIC.to_owned(),
-            options: TopicOptions {
-                partitions: PARTITIONS,
-                ..TopicOptions::default()
-            },
-        }],
-        ..Topology::default()
-    };
+    // Beside the built-in ones: tasks need their retry queue.
+    config.topology.queues.extend([
+        queue(QUORUM, QueueType::Quorum),
+        queue(CLASSIC, QueueType::Classic),
+    ]);
+    config.topology.topics.push(TopicSpec {
+        name: TOPIC.to_owned(),
+        options: TopicOptions {
+            partitions: PARTITIONS,
+            ..TopicOptions::default()
+        },
+    });
     let system = MessagingSystem::start(config).await?;
     let until = Instant::now() + Duration::from_secs(30);
     while system.hub().state().brokers.iter().any(|b| !b.connected) {
