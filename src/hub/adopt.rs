@@ -23,7 +23,6 @@ use crate::{
     broker::{Outcome, PublishOptions},
     error::{Error, ErrorCode, Result},
     message::Timestamp,
-    topic::Topic,
 };
 
 /// What became of another hub's spool.
@@ -167,26 +166,16 @@ impl MessagingHub {
     /// Publishes a message that another hub had accepted: nothing is checked
     /// again, and it passes the window of accepted ids.
     async fn enqueue_kept(&self, name: &LaneName, entry: Entry) -> Result<Pending> {
-        let topic = Topic::new(&name.topic)?;
-        let resolved = self.entry(&topic)?;
-        let mut options = PublishOptions {
-            mandatory: name.mandatory,
-            compression: name.compression,
-            ..PublishOptions::default()
-        };
-        if let Some((exchange, routing_key)) = &name.address {
-            options.exchange.clone_from(exchange);
-            options.routing_key.clone_from(routing_key);
-        }
+        let resolved = self.entry(&name.topic)?;
         let since = tokio::time::Instant::now().into_std();
         let (answer, rx) = tokio::sync::oneshot::channel();
         let mut marks = entry.marks;
         marks.possible_duplicate = true;
-        let permit = self.room(&resolved, name.lane, &options).await?;
+        let permit = self.room(&resolved, name).await?;
         permit.send(Item {
             order: entry.order,
             confirm: true,
-            deadline: since + options.timeout,
+            deadline: since + PublishOptions::default().timeout,
             marks,
             waiter: Waiter {
                 id: entry.message.id.clone(),

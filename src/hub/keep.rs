@@ -13,7 +13,6 @@ use crate::{
     broker::{Outcome, Receipt},
     error::{Error, ErrorCode, Result},
     message::Timestamp,
-    topic::Topic,
 };
 
 /// What was found in a spool.
@@ -80,9 +79,6 @@ impl MessagingHub {
             }
         }
         for (topic, id) in left.ids {
-            let Ok(topic) = Topic::new(topic) else {
-                continue;
-            };
             // A client that never got its answer may repeat the publish.
             if let Ok(Offer::Fresh(Some(seen))) = self.0.accepted.offer(&topic, &id) {
                 seen.settle(&Ok(Receipt {

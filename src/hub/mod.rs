@@ -58,9 +58,9 @@ use self::{
     group::Group,
     health::Health,
     lane::task::{LaneHandle, Readers},
-    publish::{LaneKey, TopicEntry},
+    publish::TopicEntry,
     route::{DuringOutage, Route, RouteKind, RouteTable},
-    spool::{Budget, store::SpoolStore},
+    spool::{Budget, codec::LaneName, store::SpoolStore},
     state::{StateChange, Weakness},
 };
 use crate::{
@@ -91,7 +91,7 @@ struct Inner {
     brokers: Mutex<Brokers>,
     routes: Mutex<Arc<RouteTable>>,
     topics: Mutex<HashMap<String, Arc<TopicEntry>>>,
-    lanes: Mutex<HashMap<LaneKey, Arc<LaneHandle>>>,
+    lanes: Mutex<HashMap<LaneName, Arc<LaneHandle>>>,
     budget: Arc<Budget>,
     /// Where spools are kept; none: in memory.
     store: Mutex<Option<Arc<dyn SpoolStore>>>,

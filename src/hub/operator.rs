@@ -535,7 +535,7 @@ async fn ask(name: &LaneName, asks: &mpsc::Sender<Ask>, wanted: PageWanted) -> R
 
 fn spooled(name: &LaneName, seq: Seq, entry: Entry, status: Status) -> SpooledMessage {
     SpooledMessage {
-        topic: name.topic.clone(),
+        topic: name.topic.to_string(),
         lane: name.lane,
         seq,
         status: match status {
@@ -558,7 +558,7 @@ fn show(handle: &LaneHandle, now: Timestamp) -> LaneSpool {
     let name = &handle.name;
     LaneSpool {
         route: handle.route.clone(),
-        topic: name.topic.clone(),
+        topic: name.topic.to_string(),
         lane: name.lane,
         way: LaneWay {
             mandatory: name.mandatory,
@@ -588,7 +588,7 @@ fn show(handle: &LaneHandle, now: Timestamp) -> LaneSpool {
 /// What lanes are ordered by: topic, number, and the rest of the name.
 fn place(name: &LaneName) -> (String, u32, String) {
     let rest = serde_json::to_string(name).unwrap_or_default();
-    (name.topic.clone(), name.lane, rest)
+    (name.topic.to_string(), name.lane, rest)
 }
 
 #[allow(

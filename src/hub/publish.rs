@@ -22,10 +22,7 @@ use super::{
     spool::{LaneLeft, codec::LaneName},
 };
 use crate::{
-    broker::{
-        BrokerType, Compression, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt,
-        Source,
-    },
+    broker::{BrokerType, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt, Source},
     error::{Error, ErrorCode, Result},
     message::{Event, Message, Task, wire::Marks},
     topic::{Pattern, Topic},
@@ -38,16 +35,6 @@ pub(super) struct TopicEntry {
     pub(super) broker: Arc<dyn MessageBroker>,
     /// How many lanes keep its order apart; asked once.
     lanes: OnceCell<u32>,
-}
-
-/// What makes two publishes share a lane.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct LaneKey {
-    pub(super) topic: Topic,
-    pub(super) lane: u32,
-    mandatory: bool,
-    compression: Option<Compression>,
-    address: Option<(String, String)>,
 }
 
 /// Lanes of a hub at most; each is a task and a channel at the broker.
@@ -280,7 +267,8 @@ impl MessagingHub {
             message: Arc::new(message),
         };
         let until = tokio::time::Instant::from_std(since) + options.timeout;
-        match tokio::time::timeout_at(until, self.room(&entry, lane, options)).await {
+        let name = lane_name(topic, lane, options);
+        match tokio::time::timeout_at(until, self.room(&entry, &name)).await {
             Ok(permit) => permit?.send(item),
             Err(_) => {
                 return Err(Error::new(
@@ -297,11 +285,10 @@ impl MessagingHub {
     pub(super) async fn room(
         &self,
         entry: &TopicEntry,
-        lane: u32,
-        options: &PublishOptions,
+        name: &LaneName,
     ) -> Result<mpsc::OwnedPermit<Item>> {
         loop {
-            let handle = self.lane(entry, lane, options)?;
+            let handle = self.lane(entry, name)?;
             if let Ok(permit) = handle.intake.clone().reserve_owned().await {
                 return Ok(permit);
             }
@@ -357,26 +344,9 @@ impl MessagingHub {
             .await
     }
 
-    fn lane(
-        &self,
-        entry: &TopicEntry,
-        lane: u32,
-        options: &PublishOptions,
-    ) -> Result<Arc<LaneHandle>> {
-        let address = if options.exchange.is_empty() && options.routing_key.is_empty() {
-            None
-        } else {
-            Some((options.exchange.clone(), options.routing_key.clone()))
-        };
-        let key = LaneKey {
-            topic: entry.topic.clone(),
-            lane,
-            mandatory: options.mandatory,
-            compression: options.compression,
-            address,
-        };
+    fn lane(&self, entry: &TopicEntry, name: &LaneName) -> Result<Arc<LaneHandle>> {
         let mut lanes = lock(&self.0.lanes);
-        if let Some(handle) = lanes.get(&key) {
+        if let Some(handle) = lanes.get(name) {
             return Ok(handle.clone());
         }
         self.check_open()?;
@@ -390,8 +360,8 @@ impl MessagingHub {
             )
             .on(entry.topic.as_str()));
         }
-        let handle = Arc::new(task::spawn(self.parts(entry, &key, None)));
-        lanes.insert(key, handle.clone());
+        let handle = Arc::new(task::spawn(self.parts(entry, name, None)));
+        lanes.insert(name.clone(), handle.clone());
         Ok(handle)
     }
 
@@ -400,21 +370,18 @@ impl MessagingHub {
     /// # Errors
     /// No broker serves the topic any more; then the messages are given back.
     pub(super) fn restore_lane(&self, name: LaneName, left: LaneLeft) -> Result<()> {
-        let topic = Topic::new(name.topic)?;
-        let entry = self.entry(&topic)?;
-        let key = LaneKey {
-            topic,
-            lane: name.lane,
-            mandatory: name.mandatory,
-            compression: name.compression,
-            address: name.address,
-        };
-        let handle = Arc::new(task::spawn(self.parts(&entry, &key, Some(left))));
-        lock(&self.0.lanes).insert(key, handle);
+        let entry = self.entry(&name.topic)?;
+        let handle = Arc::new(task::spawn(self.parts(&entry, &name, Some(left))));
+        lock(&self.0.lanes).insert(name, handle);
         Ok(())
     }
 
-    fn parts(&self, entry: &TopicEntry, key: &LaneKey, restored: Option<LaneLeft>) -> task::Parts {
+    fn parts(
+        &self,
+        entry: &TopicEntry,
+        name: &LaneName,
+        restored: Option<LaneLeft>,
+    ) -> task::Parts {
         // A route that spools no longer still lets go of what it had.
         let kept = entry.route.spool || restored.is_some();
         let store = kept.then(|| lock(&self.0.store).clone()).flatten();
@@ -429,13 +396,13 @@ impl MessagingHub {
         task::Parts {
             route: entry.route.pattern.to_string(),
             topic: entry.topic.clone(),
-            lane: key.lane,
+            lane: name.lane,
             broker: entry.broker.clone(),
             options: LaneOptions {
                 window,
-                mandatory: key.mandatory,
-                compression: key.compression,
-                address: key.address.clone(),
+                mandatory: name.mandatory,
+                compression: name.compression,
+                address: name.address.clone(),
                 ..LaneOptions::default()
             },
             settings: Settings {
@@ -458,13 +425,7 @@ impl MessagingHub {
                 .cloned(),
             store,
             restored,
-            name: LaneName {
-                topic: key.topic.to_string(),
-                lane: key.lane,
-                mandatory: key.mandatory,
-                compression: key.compression,
-                address: key.address.clone(),
-            },
+            name: name.clone(),
             dead: lock(&self.0.dead).as_ref().map(|(d, _)| d.clone()),
             changes: self.0.changes.clone(),
             recorder: self.0.recorder.clone(),
@@ -495,6 +456,22 @@ const SPOOL_HEAD: usize = 4_096;
 
 /// First pause after a broker said that it is overloaded; doubles to 2 s.
 const OVERLOAD_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+
+/// What makes two publishes share a lane.
+fn lane_name(topic: &Topic, lane: u32, options: &PublishOptions) -> LaneName {
+    let address = if options.exchange.is_empty() && options.routing_key.is_empty() {
+        None
+    } else {
+        Some((options.exchange.clone(), options.routing_key.clone()))
+    };
+    LaneName {
+        topic: topic.clone(),
+        lane,
+        mandatory: options.mandatory,
+        compression: options.compression,
+        address,
+    }
+}
 
 fn no_broker(topic: &Topic) -> Error {
     Error::new(

@@ -102,7 +102,7 @@ pub(super) fn attempt_of(message: &Message) -> Attempt {
 
 pub(super) fn lane_name(l: usize) -> LaneName {
     LaneName {
-        topic: if l == 0 { "queue" } else { "stream" }.to_owned(),
+        topic: crate::topic::Topic::new(if l == 0 { "queue" } else { "stream" }).unwrap(),
         lane: u32::try_from(l.saturating_sub(1)).unwrap_or(0),
         mandatory: true,
         compression: None,
@@ -235,7 +235,7 @@ impl World {
         let mut restored = Vec::new();
         let mut left: [LaneLeft; LANES] = Default::default();
         for (id, kept) in found {
-            let l = if kept.lane.topic == "queue" {
+            let l = if kept.lane.topic.as_str() == "queue" {
                 0
             } else {
                 1 + kept.lane.lane as usize

@@ -17,12 +17,13 @@ use crate::{
     broker::{Compression, OrderKey},
     error::{Error, ErrorCode, Result},
     message::{Message, Timestamp, wire::Failure, wire::Marks},
+    topic::Topic,
 };
 
 /// Which lane a message belongs to, in words that outlive the process.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct LaneName {
-    pub(crate) topic: String,
+    pub(crate) topic: Topic,
     pub(crate) lane: u32,
     #[serde(default, skip_serializing_if = "is_false")]
     pub(crate) mandatory: bool,
@@ -195,7 +196,7 @@ mod tests {
 
     fn lane() -> LaneName {
         LaneName {
-            topic: "helixagent.tasks.llm".to_owned(),
+            topic: Topic::new("helixagent.tasks.llm").unwrap(),
             lane: 3,
             mandatory: true,
             compression: Some(Compression::Zstd),

@@ -18,6 +18,7 @@ use crate::{
     error::{Error, ErrorCode, Result},
     journal::{Batch, Journal, JournalError, JournalOptions, Usage},
     message::{MessageId, Timestamp},
+    topic::Topic,
 };
 
 /// The spool of a hub, on the disk.
@@ -35,7 +36,7 @@ pub(crate) struct Left {
     /// By lane.
     pub(crate) lanes: HashMap<LaneName, LaneLeft>,
     /// The newest ids, with their topics, in the order in which they were kept.
-    pub(crate) ids: VecDeque<(String, MessageId)>,
+    pub(crate) ids: VecDeque<(Topic, MessageId)>,
 }
 
 /// How many ids, and since when, are wanted back.
