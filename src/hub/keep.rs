@@ -7,7 +7,10 @@ use super::{
     MessagingHub,
     accepted::Offer,
     lock,
-    spool::journal::{FOLDER, Left, SpoolLog, Wanted},
+    spool::{
+        journal::{FOLDER, Left, SpoolLog, Wanted},
+        store::SpoolStore,
+    },
 };
 use crate::{
     broker::{Outcome, Receipt},
@@ -50,16 +53,11 @@ impl MessagingHub {
         let window = &self.0.config.intake_window;
         let wanted = Wanted {
             ids: usize::try_from(window.ids).unwrap_or(usize::MAX),
-            since: Timestamp::from_millis(
-                Timestamp::now()
-                    .as_millis()
-                    .saturating_sub(i64::try_from(window.age.as_millis()).unwrap_or(i64::MAX)),
-            ),
+            since: Timestamp::now() - window.age,
         };
         let folder = dir.join(FOLDER);
         let (log, left) = blocking(move || SpoolLog::open(&folder, max, wanted)).await?;
         let log = Arc::new(log);
-        *lock(&self.0.store) = Some(log.clone());
         *lock(&self.0.spool_log) = Some(log);
         Ok(self.take_up(left))
     }
@@ -97,17 +95,22 @@ impl MessagingHub {
         found
     }
 
+    /// Where spools are kept; none: in memory.
+    pub(super) fn store(&self) -> Option<Arc<dyn SpoolStore>> {
+        let log = lock(&self.0.spool_log).clone()?;
+        Some(log)
+    }
+
     /// Whether what is spooled now is on a disk that works.
     pub(super) fn spool_is_durable(&self) -> bool {
         lock(&self.0.spool_log)
             .as_ref()
-            .is_some_and(|log| log.usage().poisoned.is_none())
+            .is_some_and(|log| log.synced().borrow().poisoned.is_none())
     }
 
     /// Lets go of the folder. Nothing is spooled after this.
     pub(super) async fn close_spool(&self) {
         let log = lock(&self.0.spool_log).take();
-        *lock(&self.0.store) = None;
         if let Some(log) = log
             && let Err(error) = blocking(move || log.close()).await
         {

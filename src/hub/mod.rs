@@ -60,7 +60,7 @@ use self::{
     lane::task::{LaneHandle, Readers},
     publish::TopicEntry,
     route::{DuringOutage, Route, RouteKind, RouteTable},
-    spool::{Budget, codec::LaneName, store::SpoolStore},
+    spool::{Budget, codec::LaneName},
     state::{StateChange, Weakness},
 };
 use crate::{
@@ -94,7 +94,6 @@ struct Inner {
     lanes: Mutex<HashMap<LaneName, Arc<LaneHandle>>>,
     budget: Arc<Budget>,
     /// Where spools are kept; none: in memory.
-    store: Mutex<Option<Arc<dyn SpoolStore>>>,
     #[cfg(feature = "journal")]
     spool_log: Mutex<Option<Arc<spool::journal::SpoolLog>>>,
     dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
@@ -170,7 +169,6 @@ impl MessagingHub {
             topics: Mutex::default(),
             lanes: Mutex::default(),
             budget,
-            store: Mutex::default(),
             #[cfg(feature = "journal")]
             spool_log: Mutex::default(),
             dead: Mutex::default(),
@@ -372,6 +370,13 @@ impl MessagingHub {
 
     fn number(&self) -> u64 {
         self.0.next.fetch_add(1, Relaxed)
+    }
+
+    /// Where spools are kept: without the journal, in memory.
+    #[cfg(not(feature = "journal"))]
+    #[allow(clippy::unused_self)]
+    fn store(&self) -> Option<Arc<dyn spool::store::SpoolStore>> {
+        None
     }
 
     fn check_open(&self) -> Result<()> {

@@ -369,6 +369,7 @@ impl MessagingHub {
     ///
     /// # Errors
     /// No broker serves the topic any more; then the messages are given back.
+    #[cfg(feature = "journal")]
     pub(super) fn restore_lane(&self, name: LaneName, left: LaneLeft) -> Result<()> {
         let entry = self.entry(&name.topic)?;
         let handle = Arc::new(task::spawn(self.parts(&entry, &name, Some(left))));
@@ -384,7 +385,7 @@ impl MessagingHub {
     ) -> task::Parts {
         // A route that spools no longer still lets go of what it had.
         let kept = entry.route.spool || restored.is_some();
-        let store = kept.then(|| lock(&self.0.store).clone()).flatten();
+        let store = kept.then(|| self.store()).flatten();
 
         let config = &self.0.config;
         let window = entry.broker.window();

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    ops::Add,
+    ops::{Add, Sub},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -50,6 +50,16 @@ impl Add<Duration> for Timestamp {
         Self(
             self.0
                 .saturating_add(i64::try_from(by.as_millis()).unwrap_or(i64::MAX)),
+        )
+    }
+}
+
+impl Sub<Duration> for Timestamp {
+    type Output = Self;
+    fn sub(self, by: Duration) -> Self {
+        Self(
+            self.0
+                .saturating_sub(i64::try_from(by.as_millis()).unwrap_or(i64::MAX)),
         )
     }
 }

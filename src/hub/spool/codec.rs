@@ -34,6 +34,10 @@ pub(crate) struct LaneName {
 }
 
 /// What is read back.
+#[cfg_attr(
+    not(any(test, feature = "journal")),
+    allow(dead_code, reason = "only an earlier process's lanes are looked for")
+)]
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub(crate) lane: LaneName,

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     error::{Error, ErrorCode, Result},
-    journal::{Batch, Journal, JournalError, JournalOptions, Usage},
+    journal::{Batch, Journal, JournalError, JournalOptions},
     message::{MessageId, Timestamp},
     topic::Topic,
 };
@@ -97,11 +97,6 @@ impl SpoolLog {
             ));
         }
         Self::open(&spool, max_bytes, wanted)
-    }
-
-    /// What is on the disk.
-    pub(crate) fn usage(&self) -> Usage {
-        self.0.usage()
     }
 
     /// Writes what is queued and gives the folder back. Blocks.

@@ -261,6 +261,7 @@ impl Spool {
     }
 
     /// Notes an entry that is on the disk already.
+    #[cfg(any(test, feature = "journal"))]
     pub(crate) fn restore(&mut self, seq: Seq, order: &OrderKey, size: usize) {
         let size = size + ENTRY_OVERHEAD;
         if self.fence.is_empty() {
