@@ -8,6 +8,7 @@
 //!
 //! ```text
 //! cargo bench --bench confirmed_publish            # starts its own brokers
+//! cargo bench --bench confirmed_publish -- kafka   # one of rabbitmq, kafka
 //! RABBITMQ_URL=... KAFKA_BROKERS=... cargo bench --bench confirmed_publish
 //! ```
 
@@ -44,6 +45,20 @@ async fn main() -> Result<()> {
         RUN.as_secs(),
         load()
     );
+    let only = std::env::args().skip(1).find(|a| !a.starts_with('-'));
+    let wanted = |broker: &str| only.as_deref().is_none_or(|o| o == broker);
+    if wanted("rabbitmq") {
+        rabbitmq(&brokers, &system).await?;
+    }
+    if wanted("kafka") {
+        kafka(&brokers, &system).await?;
+    }
+    println!("load {}", load());
+    system.close().await;
+    Ok(())
+}
+
+async fn rabbitmq(brokers: &Brokers, system: &MessagingSystem) -> Result<()> {
     let raw = RawAmqp::connect(&brokers.rabbitmq).await?;
     for queue in [QUORUM, CLASSIC] {
         let publisher = system.hub().publisher(queue)?;
@@ -66,6 +81,10 @@ async fn main() -> Result<()> {
         raw.purge(queue).await?;
         pairs.print();
     }
+    Ok(())
+}
+
+async fn kafka(brokers: &Brokers, system: &MessagingSystem) -> Result<()> {
     let raw = RawKafka::connect(&brokers.kafka)?;
     let publisher = system.hub().publisher(TOPIC)?;
     let mut pairs = Pairs::new(&format!("{TOPIC}: raw rdkafka / hub"));
@@ -88,8 +107,6 @@ async fn main() -> Result<()> {
         pairs.add(rate[0], rate[1]);
     }
     pairs.print();
-    println!("load {}", load());
-    system.close().await;
     Ok(())
 }
 
