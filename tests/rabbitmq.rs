@@ -434,7 +434,7 @@ async fn fault_05_fault_06_a_failed_message_comes_back_counted_and_ends_in_the_d
                 "handler_error",
                 "no luck",
                 &queue,
-                delivery.marks.failure.as_ref(),
+                delivery.marks.failure.as_deref(),
             );
             delivery
                 .settle(Verdict::Retry {

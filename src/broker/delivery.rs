@@ -143,7 +143,7 @@ impl Delivery {
             reason,
             details,
             &self.received.topic,
-            self.received.marks.failure.as_ref(),
+            self.received.marks.failure.as_deref(),
         );
         self.settle(Verdict::DeadLetter { failure }).await
     }

@@ -12,20 +12,19 @@
 
 use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use super::{Position, options::Compression};
 use crate::{
     error::Error,
-    message::{Message, wire::Marks},
+    message::{Key, Message, wire::Marks},
 };
 
 /// What order is kept by: the key, or, without one, the publisher.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum OrderKey {
     /// The message's own key.
-    Key(Bytes),
+    Key(Key),
     /// A publisher, by its number in this process.
     Publisher(u64),
 }

@@ -70,7 +70,7 @@ fn admit(held: &mut Vec<Delivery>, batch: Vec<Delivery>, settings: &DispatchSett
                 "expired",
                 "the message expired before it was handled",
                 &delivery.topic,
-                delivery.marks.failure.as_ref(),
+                delivery.marks.failure.as_deref(),
             );
             settings.recorder.messages_dead_lettered.inc();
             delivery.settle_now(Verdict::DeadLetter { failure });
@@ -161,6 +161,6 @@ fn failure(delivery: &Delivery, error: &HandlerError) -> Failure {
         error.reason.clone(),
         error.details.clone(),
         &delivery.topic,
-        delivery.marks.failure.as_ref(),
+        delivery.marks.failure.as_deref(),
     )
 }

@@ -40,7 +40,10 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicU64,
+            Ordering::{Relaxed, Release},
+        },
     },
 };
 
@@ -91,6 +94,9 @@ struct Inner {
     brokers: Mutex<Brokers>,
     routes: Mutex<Arc<RouteTable>>,
     topics: Mutex<HashMap<String, Arc<TopicEntry>>>,
+    /// Counts how often brokers were plugged in, for whoever remembers what was
+    /// resolved.
+    epoch: AtomicU64,
     lanes: Mutex<HashMap<LaneName, Arc<LaneHandle>>>,
     budget: Arc<Budget>,
     /// Where spools are kept; none: in memory.
@@ -167,6 +173,7 @@ impl MessagingHub {
             brokers: Mutex::default(),
             routes: Mutex::default(),
             topics: Mutex::default(),
+            epoch: AtomicU64::new(0),
             lanes: Mutex::default(),
             budget,
             #[cfg(feature = "journal")]
@@ -232,6 +239,7 @@ impl MessagingHub {
         lock(&self.0.topics).clear();
         // Lanes to a broker that was replaced end once what they hold is moved.
         lock(&self.0.lanes).clear();
+        self.0.epoch.fetch_add(1, Release);
         self.watch_health();
     }
 

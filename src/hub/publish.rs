@@ -3,10 +3,17 @@
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::Ordering::{Acquire, Relaxed},
+    },
 };
 
-use tokio::sync::{OnceCell, mpsc, oneshot};
+use tokio::sync::{
+    OnceCell,
+    mpsc::{self, error::TrySendError},
+    oneshot,
+};
 
 use super::{
     MessagingHub,
@@ -24,7 +31,7 @@ use super::{
 use crate::{
     broker::{BrokerType, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt, Source},
     error::{Error, ErrorCode, Result},
-    message::{Event, Message, Task, wire::Marks},
+    message::{Event, Message, Task, Timestamp, wire::Marks},
     topic::{Pattern, Topic},
 };
 
@@ -35,6 +42,67 @@ pub(super) struct TopicEntry {
     pub(super) broker: Arc<dyn MessageBroker>,
     /// How many lanes keep its order apart; asked once.
     lanes: OnceCell<u32>,
+    /// Kafka keeps the last message of each key, so each must have one.
+    keyed_only: bool,
+}
+
+/// What a publisher found when it published last, so that it need not look
+/// again: its topic, resolved, and the lanes it has used.
+#[derive(Default)]
+pub(super) struct Found(Mutex<Option<FoundAt>>);
+
+struct FoundAt {
+    /// Which brokers were plugged in then.
+    epoch: u64,
+    entry: Arc<TopicEntry>,
+    /// By lane number. Weak: a lane ends when the hub lets go of it.
+    lanes: Vec<Weak<LaneHandle>>,
+}
+
+/// Lanes that a publisher remembers; those of higher numbers are looked up.
+const LANES_FOUND: u32 = 1024;
+
+impl Found {
+    fn entry(&self, epoch: u64) -> Option<Arc<TopicEntry>> {
+        let found = lock(&self.0);
+        let found = found.as_ref().filter(|f| f.epoch == epoch)?;
+        Some(found.entry.clone())
+    }
+
+    fn keep_entry(&self, epoch: u64, entry: &Arc<TopicEntry>) {
+        *lock(&self.0) = Some(FoundAt {
+            epoch,
+            entry: entry.clone(),
+            lanes: Vec::new(),
+        });
+    }
+
+    fn lane(&self, epoch: u64, lane: u32) -> Option<Arc<LaneHandle>> {
+        let found = lock(&self.0);
+        let found = found.as_ref().filter(|f| f.epoch == epoch)?;
+        found.lanes.get(lane as usize)?.upgrade()
+    }
+
+    fn keep_lane(&self, epoch: u64, lane: u32, handle: &Arc<LaneHandle>) {
+        let mut found = lock(&self.0);
+        if lane < LANES_FOUND
+            && let Some(found) = found.as_mut().filter(|f| f.epoch == epoch)
+        {
+            let lane = lane as usize;
+            if found.lanes.len() <= lane {
+                found.lanes.resize_with(lane + 1, Weak::new);
+            }
+            if let Some(place) = found.lanes.get_mut(lane) {
+                *place = Arc::downgrade(handle);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Found {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Found").finish_non_exhaustive()
+    }
 }
 
 /// Lanes of a hub at most; each is a task and a channel at the broker.
@@ -72,7 +140,7 @@ impl MessagingHub {
         options: &PublishOptions,
     ) -> Result<Receipt> {
         let topic = self.canonical(topic)?;
-        self.enqueue(&topic, HUB_PUBLISHER, message, options)
+        self.enqueue(&topic, HUB_PUBLISHER, message, options, None)
             .await?
             .await
     }
@@ -155,6 +223,7 @@ impl MessagingHub {
             topic,
             number,
             options: Arc::default(),
+            found: Arc::default(),
         })
     }
 
@@ -180,10 +249,23 @@ impl MessagingHub {
         publisher: u64,
         mut message: Message,
         options: &PublishOptions,
+        found: Option<&Found>,
     ) -> Result<Pending> {
         let since = tokio::time::Instant::now().into_std();
         self.check_open()?;
-        let entry = self.entry(topic)?;
+        // Read before anything is looked up: what is found while brokers are
+        // plugged in is then looked up again.
+        let epoch = self.0.epoch.load(Acquire);
+        let entry = match found.and_then(|f| f.entry(epoch)) {
+            Some(entry) => entry,
+            None => {
+                let entry = self.entry(topic)?;
+                if let Some(found) = found {
+                    found.keep_entry(epoch, &entry);
+                }
+                entry
+            }
+        };
         apply(&mut message, options, topic, &self.0.topology)?;
         if message.max_retries == Message::DEFAULT_MAX_RETRIES {
             // A message that carries the default has said nothing.
@@ -192,7 +274,7 @@ impl MessagingHub {
         message
             .validate(self.0.max_message_bytes)
             .map_err(|e| e.on(topic.as_str()))?;
-        if message.is_expired(crate::message::Timestamp::now()) {
+        if message.expiration.is_some() && message.is_expired(Timestamp::now()) {
             return Err(Error::rejected(
                 ErrorCode::MessageExpired,
                 "the message's expiration has passed already",
@@ -200,14 +282,7 @@ impl MessagingHub {
             .on(topic.as_str())
             .with_id(message.id.as_str()));
         }
-        if message.key.is_none()
-            && entry.broker.broker_type() == BrokerType::Kafka
-            && self
-                .0
-                .topology
-                .topic(topic)
-                .is_some_and(|t| t.options.cleanup_policy.contains("compact"))
-        {
+        if message.key.is_none() && entry.keyed_only {
             // Kafka would refuse it too, and with it the batch that it is in.
             return Err(Error::rejected(
                 ErrorCode::MessageInvalid,
@@ -217,7 +292,7 @@ impl MessagingHub {
             .with_id(message.id.as_str()));
         }
         let scheduled = message.task.as_ref().and_then(|t| t.scheduled_at);
-        if scheduled.is_some_and(|at| at > crate::message::Timestamp::now())
+        if scheduled.is_some_and(|at| at > Timestamp::now())
             && entry.broker.broker_type() != BrokerType::InMemory
         {
             return Err(Error::rejected(
@@ -240,7 +315,7 @@ impl MessagingHub {
             }
         };
         let order = match &message.key {
-            Some(key) => OrderKey::Key(key.bytes()),
+            Some(key) => OrderKey::Key(key.clone()),
             None => OrderKey::Publisher(publisher),
         };
         let lanes = self.lane_count(&entry).await;
@@ -266,18 +341,29 @@ impl MessagingHub {
             },
             message: Arc::new(message),
         };
+        // Mostly the lane is known and has room.
+        let item = match found.and_then(|f| f.lane(epoch, lane)) {
+            Some(handle) => match handle.intake.try_send(item) {
+                Ok(()) => return Ok(Pending(State::Waiting(rx))),
+                Err(TrySendError::Full(item) | TrySendError::Closed(item)) => item,
+            },
+            None => item,
+        };
         let until = tokio::time::Instant::from_std(since) + options.timeout;
         let name = lane_name(topic, lane, options);
-        match tokio::time::timeout_at(until, self.room(&entry, &name)).await {
-            Ok(permit) => permit?.send(item),
-            Err(_) => {
-                return Err(Error::new(
-                    ErrorCode::Timeout,
-                    "no room to publish within the timeout; the broker is slower than the publishers",
-                )
-                .on(topic.as_str()));
-            }
+        let room = self.room(&entry, &name);
+        let Ok(room) = tokio::time::timeout_at(until, room).await else {
+            return Err(Error::new(
+                ErrorCode::Timeout,
+                "no room to publish within the timeout; the broker is slower than the publishers",
+            )
+            .on(topic.as_str()));
         };
+        let (handle, permit) = room?;
+        permit.send(item);
+        if let Some(found) = found {
+            found.keep_lane(epoch, lane, &handle);
+        }
         Ok(Pending(State::Waiting(rx)))
     }
 
@@ -286,11 +372,11 @@ impl MessagingHub {
         &self,
         entry: &TopicEntry,
         name: &LaneName,
-    ) -> Result<mpsc::OwnedPermit<Item>> {
+    ) -> Result<(Arc<LaneHandle>, mpsc::OwnedPermit<Item>)> {
         loop {
             let handle = self.lane(entry, name)?;
             if let Ok(permit) = handle.intake.clone().reserve_owned().await {
-                return Ok(permit);
+                return Ok((handle, permit));
             }
             // The lane's task is gone: the hub closes, or the runtime that ran
             // the task did. Then another lane takes its place, once.
@@ -309,11 +395,18 @@ impl MessagingHub {
             .map(|(_, r)| r.clone())
             .ok_or_else(|| no_broker(topic))?;
         let broker = self.broker(route.primary).ok_or_else(|| no_broker(topic))?;
+        let keyed_only = broker.broker_type() == BrokerType::Kafka
+            && self
+                .0
+                .topology
+                .topic(topic)
+                .is_some_and(|t| t.options.cleanup_policy.contains("compact"));
         let entry = Arc::new(TopicEntry {
             topic: topic.clone(),
             route,
             broker,
             lanes: OnceCell::new(),
+            keyed_only,
         });
         let mut topics = lock(&self.0.topics);
         if topics.len() < MAX_TOPICS {

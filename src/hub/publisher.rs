@@ -9,7 +9,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::MessagingHub;
+use super::{MessagingHub, publish::Found};
 use crate::{
     broker::{PublishOptions, Receipt},
     error::{Error, ErrorCode, Result},
@@ -26,6 +26,8 @@ pub struct Publisher {
     /// Stands for the key of messages that have none.
     pub(super) number: u64,
     pub(super) options: Arc<PublishOptions>,
+    /// Of these options.
+    pub(super) found: Arc<Found>,
 }
 
 /// A publish that was accepted and whose outcome is not known yet. Dropping it
@@ -50,6 +52,7 @@ impl Publisher {
     #[must_use]
     pub fn with_options(mut self, options: PublishOptions) -> Self {
         self.options = Arc::new(options);
+        self.found = Arc::default();
         self
     }
 
@@ -72,10 +75,18 @@ impl Publisher {
     ///
     /// # Cancel safety
     /// Dropped before it returns, nothing was published.
-    pub async fn enqueue(&self, message: Message) -> Result<Pending> {
-        self.hub
-            .enqueue(&self.topic, self.number, message, &self.options)
-            .await
+    pub fn enqueue(
+        &self,
+        message: Message,
+    ) -> impl Future<Output = Result<Pending>> + Send + use<'_> {
+        // Not `async`, which would move the message once more.
+        self.hub.enqueue(
+            &self.topic,
+            self.number,
+            message,
+            &self.options,
+            Some(&self.found),
+        )
     }
 
     /// Publishes messages in order and waits for every outcome.

@@ -1,15 +1,16 @@
 //! The key that order is kept by.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A message key: any bytes. Its JSON form is the text when it is UTF-8, else
-/// an object `{"base64": "..."}`, so that every key survives the journey.
+/// A message key: any bytes. Cheap to clone. Its JSON form is the text when it
+/// is UTF-8, else an object `{"base64": "..."}`, so that every key survives the
+/// journey.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key(Bytes);
+pub struct Key(Arc<[u8]>);
 
 impl Key {
     /// The bytes.
@@ -23,23 +24,17 @@ impl Key {
     pub fn as_str(&self) -> Option<&str> {
         std::str::from_utf8(&self.0).ok()
     }
-
-    /// The bytes, shared.
-    #[must_use]
-    pub fn bytes(&self) -> Bytes {
-        self.0.clone()
-    }
 }
 
 impl From<&str> for Key {
     fn from(text: &str) -> Self {
-        Self(Bytes::copy_from_slice(text.as_bytes()))
+        Self(text.as_bytes().into())
     }
 }
 
 impl From<String> for Key {
     fn from(text: String) -> Self {
-        Self(text.into())
+        Self(text.into_bytes().into())
     }
 }
 
@@ -51,13 +46,13 @@ impl From<Vec<u8>> for Key {
 
 impl From<Bytes> for Key {
     fn from(bytes: Bytes) -> Self {
-        Self(bytes)
+        Self((&*bytes).into())
     }
 }
 
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0, f)
+        fmt::Debug::fmt(&Bytes::copy_from_slice(&self.0), f)
     }
 }
 

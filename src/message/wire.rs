@@ -72,7 +72,7 @@ pub struct Marks {
     /// Groups that have handled it already and must skip it.
     pub settled: Vec<String>,
     /// Why, and when, it failed; set on dead letters and retries.
-    pub failure: Option<Failure>,
+    pub failure: Option<Box<Failure>>,
 }
 
 /// Failure metadata as it travels.
@@ -246,7 +246,7 @@ pub fn decode<'a>(
             decode_one(message, &mut marks, name, value);
         }
     }
-    marks.failure = failure;
+    marks.failure = failure.map(Box::new);
     if message.trace_id.is_some()
         && message.trace_id.as_ref() == message.headers.get(names::TRACEPARENT)
     {
@@ -565,7 +565,7 @@ mod tests {
         let marks = Marks {
             possible_duplicate: true,
             settled: vec!["a".into(), "b".into()],
-            failure: Some(Failure::now("handler_error", "x", "t", None)),
+            failure: Some(Box::new(Failure::now("handler_error", "x", "t", None))),
         };
         for carrier in [Carrier::Amqp, Carrier::Kafka] {
             let (back, back_marks) = round_trip(&message, &marks, carrier);

@@ -134,7 +134,7 @@ async fn queues_come_back_as_they_were() {
     assert_eq!(second.expiration, Some(late));
     let third = next(&broker, "tasks.durable").await.unwrap();
     assert_eq!((body(&third).as_str(), third.retry_count), ("failed", 1));
-    assert_eq!(third.marks.failure, Some(failure));
+    assert_eq!(third.marks.failure, Some(Box::new(failure)));
     assert!(third.redelivered);
     let last = next(&broker, "tasks.durable").await.unwrap();
     assert_eq!(body(&last), "low");

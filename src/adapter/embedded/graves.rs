@@ -69,7 +69,7 @@ impl State {
             } else {
                 "the queue was full"
             };
-            let mut failure = Failure::now(reason, details, &topic, entry.marks.failure.as_ref());
+            let mut failure = Failure::now(reason, details, &topic, entry.marks.failure.as_deref());
             failure.last = now;
             let entry = dead_letter(entry, failure);
             self.bury_entry(now, from, entry, false, 0);
@@ -155,7 +155,7 @@ impl State {
                     reason,
                     "the queue was full",
                     &topic,
-                    entry.marks.failure.as_ref(),
+                    entry.marks.failure.as_deref(),
                 );
                 let entry = dead_letter(entry, failure);
                 self.bury_entry(now, target, entry, false, hops + 1);
@@ -224,7 +224,7 @@ fn dead_letter(mut entry: Entry, failure: Failure) -> Entry {
     if let Some(task) = &mut message.task {
         task.scheduled_at = None;
     }
-    Arc::make_mut(&mut entry.marks).failure = Some(failure);
+    Arc::make_mut(&mut entry.marks).failure = Some(Box::new(failure));
     entry
 }
 

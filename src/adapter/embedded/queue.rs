@@ -312,7 +312,7 @@ impl Queue {
         message.retry_count = message.retry_count.saturating_add(1);
         message.state = MessageState::Failed;
         message.error = Some(failure.details.clone());
-        Arc::make_mut(&mut entry.marks).failure = Some(failure);
+        Arc::make_mut(&mut entry.marks).failure = Some(Box::new(failure));
         Some(entry)
     }
 

@@ -300,7 +300,7 @@ impl State {
         let name = self.topology.dead_letter_topic().to_owned();
         let stream = self.ensure_stream(&name).map_err(|e| failed(&e))?;
         let mut marks = (*marks).clone();
-        marks.failure = Some(failure.clone());
+        marks.failure = Some(Box::new(failure.clone()));
         let copy = Arc::new(Message {
             state: MessageState::DeadLettered,
             error: Some(failure.details.clone()),

@@ -344,7 +344,7 @@ impl<'a> Metadata<'a> {
             rk: content.routing_key.as_deref().map(Cow::Borrowed),
             pd: marks.possible_duplicate,
             settled: Cow::Borrowed(&marks.settled),
-            failure: marks.failure.as_ref().map(Failed::of),
+            failure: marks.failure.as_deref().map(Failed::of),
         }
     }
 }
@@ -506,7 +506,7 @@ mod reading {
             let marks = Marks {
                 possible_duplicate: self.pd,
                 settled: self.settled.into_owned(),
-                failure: self.failure.map(Failed::failure),
+                failure: self.failure.map(|f| Box::new(f.failure())),
             };
             Ok(Content {
                 message: Arc::new(message),

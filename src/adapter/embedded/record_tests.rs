@@ -51,13 +51,13 @@ fn full() -> Content {
         marks: Arc::new(Marks {
             possible_duplicate: true,
             settled: vec!["g1".into(), "g2".into()],
-            failure: Some(Failure {
+            failure: Some(Box::new(Failure {
                 reason: "expired".into(),
                 details: "late".into(),
                 first: at(5),
                 last: at(6),
                 original_topic: "tasks.x".into(),
-            }),
+            })),
         }),
         routing_key: Some("key".into()),
     }

@@ -400,7 +400,7 @@ fn partition_of(message: &Message, order: &OrderKey, count: i32) -> i32 {
     let count = u64::try_from(count).unwrap_or(1).max(1);
     let hash = match (&message.key, order) {
         (Some(key), _) => u64::from(crc32fast::hash(key.as_bytes())),
-        (None, OrderKey::Key(key)) => u64::from(crc32fast::hash(key)),
+        (None, OrderKey::Key(key)) => u64::from(crc32fast::hash(key.as_bytes())),
         (None, OrderKey::Publisher(n)) => *n,
     };
     i32::try_from(hash % count).unwrap_or(0)

@@ -235,7 +235,7 @@ impl Backend {
         message.state = MessageState::DeadLettered;
         message.error = Some(failure.details.clone());
         let mut marks = (*received.marks).clone();
-        marks.failure = Some(failure);
+        marks.failure = Some(Box::new(failure));
         match self.publisher.send_one(&topic, &message, &marks).await {
             Fate::Confirmed(_) => Ok(()),
             Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => {

@@ -118,7 +118,7 @@ impl Publisher {
         };
         let order = message.key.as_ref().map_or_else(
             || OrderKey::Publisher(u64::from(crc32fast::hash(message.id.as_str().as_bytes()))),
-            |key| OrderKey::Key(key.bytes()),
+            |key| OrderKey::Key(key.clone()),
         );
         let (tx, mut outcome) = oneshot::channel();
         let ticket = Box::new(Ticket {
@@ -127,7 +127,7 @@ impl Publisher {
             bytes: 0,
         });
         let until = self.closing.clone();
-        let place = (topic, 0);
+        let place = (topic, self.partitions(topic, 0));
         self.write(&producer, place, (message, marks, &order), ticket, &until)
             .await;
         // Held on to, a producer that was given up would never be purged.
@@ -207,6 +207,13 @@ impl Publisher {
         Ok(producer)
     }
 
+    /// How many partitions a topic has. One that is missing from the last look
+    /// has as many as it had: a cluster that is coming back may know less than
+    /// it has.
+    fn partitions(&self, topic: &Topic, had: i32) -> i32 {
+        self.topics.get(topic).map_or(had, |f| f.partitions)
+    }
+
     /// Hands one message to a producer; its ticket answers for everything.
     async fn write(
         &self,
@@ -223,20 +230,19 @@ impl Publisher {
                     .with_id(message.id.as_str()),
             )
         };
-        // A topic that is missing from the last look is not refused for that:
-        // a cluster that is coming back may know less than it has.
-        let count = self.topics.get(topic).map_or(partitions, |f| f.partitions);
-        if count < 1 {
+        if partitions < 1 {
             return ticket.answer(refuse(Error::new(
                 ErrorCode::TopicNotFound,
                 "the topic does not exist (any more); create it, or set kafka.auto_create_topics",
             )));
         }
-        let partition = self.partitioner.partition(order, message.partition, count);
-        if !(0..count).contains(&partition) {
+        let partition = self
+            .partitioner
+            .partition(order, message.partition, partitions);
+        if !(0..partitions).contains(&partition) {
             return ticket.answer(refuse(Error::rejected(
                 ErrorCode::PublishRejected,
-                format!("partition {partition} does not exist, the topic has {count}"),
+                format!("partition {partition} does not exist, the topic has {partitions}"),
             )));
         }
         let (headers, header_bytes) = match record::headers(message, topic, marks) {
@@ -304,8 +310,10 @@ impl Writer {
                 batch = port.submissions.recv() => batch,
             };
             let Some(batch) = batch else { break };
+            let partitions = self.publisher.partitions(&self.topic, self.partitions);
             for submission in batch {
-                self.submit(submission, &port.confirmations).await;
+                self.submit(submission, partitions, &port.confirmations)
+                    .await;
             }
         }
         if self.end.owes() && !closing.is_cancelled() {
@@ -336,7 +344,12 @@ impl Writer {
         }
     }
 
-    async fn submit(&self, submission: Submission, answers: &mpsc::Sender<Confirmation>) {
+    async fn submit(
+        &self,
+        submission: Submission,
+        partitions: i32,
+        answers: &mpsc::Sender<Confirmation>,
+    ) {
         // Room for the answer first: a submitter that keeps to the window never
         // waits here, one that does not is held back instead of losing answers.
         let Ok(permit) = answers.clone().reserve_owned().await else {
@@ -355,7 +368,7 @@ impl Writer {
             (Some(permit), Reply::Nobody)
         };
         let ticket = self.end.ticket(reply);
-        let place = (&self.topic, self.partitions);
+        let place = (&self.topic, partitions);
         let message = (&*submission.message, &submission.marks, &submission.order);
         self.publisher
             .write(&self.producer, place, message, ticket, &self.end.token)

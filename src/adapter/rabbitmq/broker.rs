@@ -355,7 +355,7 @@ impl TaskQueueBroker for RabbitMqBroker {
         let mut message = (*message).clone();
         message.error.get_or_insert_with(|| failure.details.clone());
         let marks = Marks {
-            failure: Some(failure),
+            failure: Some(Box::new(failure)),
             ..Marks::default()
         };
         let address = (

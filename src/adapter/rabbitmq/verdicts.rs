@@ -133,7 +133,7 @@ impl Serving<'_> {
             } else {
                 failure.details.clone()
             });
-            marks.failure = Some(failure);
+            marks.failure = Some(Box::new(failure));
         }
         let address = match way {
             Way::DeadLetter => (String::new(), topology.dead_letter_queue().to_owned()),

@@ -173,13 +173,13 @@ pub(super) fn message(delivery: Delivery, queue: &str, stream: bool) -> (Message
     if marks.failure.is_none()
         && let Some((reason, from)) = death
     {
-        marks.failure = Some(Failure {
+        marks.failure = Some(Box::new(Failure {
             details: format!("dead-lettered by RabbitMQ from queue {from}"),
             reason,
             first: now,
             last: now,
             original_topic: from,
-        });
+        }));
     }
     message.redelivered = delivery.redelivered;
     if stream {
@@ -350,7 +350,7 @@ mod tests {
         let marks = Marks {
             possible_duplicate: true,
             settled: vec!["g".into()],
-            failure: Some(Failure::now("r", "d", "tasks.x", None)),
+            failure: Some(Box::new(Failure::now("r", "d", "tasks.x", None))),
         };
         let (mut back, back_marks) = round(&message, &marks);
         assert_eq!(back.topic.take().as_deref(), Some("tasks.x"));

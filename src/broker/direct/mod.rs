@@ -116,7 +116,7 @@ impl DirectPublisher {
                         .key
                         .as_ref()
                         .map_or(OrderKey::Publisher(self.publisher), |k| {
-                            OrderKey::Key(k.bytes())
+                            OrderKey::Key(k.clone())
                         });
                     let lane = broker.lane_of(topic, &order, message.partition, (*lanes).max(1));
                     by_lane

@@ -158,7 +158,7 @@ impl Attempt {
         message.retry_count = message.retry_count.saturating_add(1);
         message.error = Some(error.details.clone());
         let marks: &mut Marks = Arc::make_mut(&mut self.received.marks);
-        marks.failure = Some(failure);
+        marks.failure = Some(Box::new(failure));
     }
 
     async fn dead_letter(self, failure: Failure, settings: &DispatchSettings) -> Outcome {
@@ -175,7 +175,7 @@ impl Attempt {
             reason,
             details,
             self.received.topic.as_str(),
-            self.received.marks.failure.as_ref(),
+            self.received.marks.failure.as_deref(),
         )
     }
 }

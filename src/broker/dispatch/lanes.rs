@@ -3,16 +3,15 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use bytes::Bytes;
 use tokio::time::Instant;
 
-use crate::{broker::Received, topic::Topic};
+use crate::{broker::Received, message::Key, topic::Topic};
 
 /// What order is kept by among received messages.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum LaneId {
     /// Messages of one topic and key.
-    Key(Topic, Bytes),
+    Key(Topic, Key),
     /// Messages without a key of one topic and partition.
     Partition(Topic, i32),
     /// A message of a queue: nothing waits for it, it waits for nothing.
@@ -24,7 +23,7 @@ impl LaneId {
     pub(super) fn in_stream(received: &Received) -> Self {
         let topic = received.topic.clone();
         match &received.message.key {
-            Some(key) => Self::Key(topic, key.bytes()),
+            Some(key) => Self::Key(topic, key.clone()),
             None => Self::Partition(topic, received.message.partition.unwrap_or(-1)),
         }
     }

@@ -151,7 +151,7 @@ pub(super) async fn nack(
                 why,
                 reason.as_str(),
                 &received.topic,
-                received.marks.failure.as_ref(),
+                received.marks.failure.as_deref(),
             )
         };
         match nack.retry {

@@ -21,16 +21,18 @@
 //! already written on this same lane.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::VecDeque,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+mod flights;
 mod operate;
 
+use self::flights::{Flights, Fresh};
 use super::{hedge::Hedge, limit::Limit};
 use crate::{
-    broker::{BrokerType, Fate, OrderKey, Outcome, Submission, Verdict},
+    broker::{BrokerType, Confirmation, Fate, OrderKey, Outcome, Submission, Verdict},
     error::{Assume, Error, ErrorCode},
     hub::{
         spool::{Budget, ENTRY_OVERHEAD, Entry, Seq, Spool, Status},
@@ -127,12 +129,6 @@ pub(crate) enum Action<W> {
     },
 }
 
-struct InFlight<W> {
-    written: Instant,
-    /// What it is, unless the spool has it.
-    fresh: Option<(Entry, W, Instant)>,
-}
-
 /// A lane's state machine. `W` stands for whoever waits for an answer.
 pub(crate) struct Machine<W> {
     settings: Settings,
@@ -148,13 +144,7 @@ pub(crate) struct Machine<W> {
     waiting: VecDeque<(Intake<W>, Instant)>,
     /// The first deadline of those that wait, or one that has passed since.
     earliest_deadline: Option<Instant>,
-    in_flight: BTreeMap<Seq, InFlight<W>>,
-    /// The same by the time they were written. A drained message has a smaller
-    /// number than a new one that was written before it, so the first by number
-    /// need not be the one that has waited longest.
-    by_time: BTreeSet<(Instant, Seq)>,
-    /// How many of those are new publishes, not drained ones.
-    fresh: usize,
+    in_flight: Flights<W>,
     spool: Spool,
     next_seq: Seq,
     /// The last sequence number of an earlier process.
@@ -186,6 +176,8 @@ pub(crate) struct Machine<W> {
     /// How fast an operator, or the configuration, lets it drain.
     limit: Option<Limit>,
     actions: Vec<Action<W>>,
+    /// Messages and bytes of the budget that nobody has to hold any more.
+    freed: (usize, usize),
 }
 
 /// Intake that a drain begins with: a second of a busy publisher, so that an
@@ -212,9 +204,7 @@ impl<W> Machine<W> {
             refusal: None,
             waiting: VecDeque::new(),
             earliest_deadline: None,
-            in_flight: BTreeMap::new(),
-            by_time: BTreeSet::new(),
-            fresh: 0,
+            in_flight: Flights::new(),
             spool: Spool::new(),
             next_seq: 1,
             restored: 0,
@@ -233,6 +223,7 @@ impl<W> Machine<W> {
             forced: false,
             limit: None,
             actions: Vec::new(),
+            freed: (0, 0),
         }
     }
 
@@ -262,6 +253,7 @@ impl<W> Machine<W> {
 
     /// What to do, in order. Called after each event.
     pub(crate) fn take_actions(&mut self) -> Vec<Action<W>> {
+        self.give_room_back();
         std::mem::take(&mut self.actions)
     }
 
@@ -271,16 +263,14 @@ impl<W> Machine<W> {
         let mut at_least = |t: Instant| next = Some(next.map_or(t, |n| n.min(t)));
         if self.state != LaneState::Suspect
             && self.settings.spool
-            && let Some((written, _)) = self.by_time.first()
+            && let Some(written) = self.in_flight.oldest()
         {
-            at_least(*written + self.hedge.current());
+            at_least(written + self.hedge.current());
         }
-        if !self.settings.spool {
-            for flight in self.in_flight.values() {
-                if let Some((_, _, deadline)) = &flight.fresh {
-                    at_least(*deadline);
-                }
-            }
+        if !self.settings.spool
+            && let Some(deadline) = self.in_flight.first_deadline()
+        {
+            at_least(deadline);
         }
         if let Some(since) = self.suspect_since
             && (self.spool.in_doubt() > 0 || self.broken)
@@ -387,20 +377,21 @@ impl<W> Machine<W> {
         self.pump(now);
     }
 
-    /// Somebody publishes.
-    pub(crate) fn publish(&mut self, now: Now, intake: Intake<W>) {
+    /// Somebody publishes, or several do.
+    pub(crate) fn publish(&mut self, now: Now, intake: impl IntoIterator<Item = Intake<W>>) {
         if !self.open {
             self.refused = false;
             self.want_open(now);
         }
-        let deadline = intake.deadline;
-        self.waiting.push_back((intake, now.at));
+        for intake in intake {
+            let deadline = intake.deadline;
+            self.earliest_deadline =
+                Some(self.earliest_deadline.map_or(deadline, |d| d.min(deadline)));
+            self.waiting.push_back((intake, now.at));
+        }
         self.pump(now);
         if self.waiting.is_empty() {
             self.earliest_deadline = None;
-        } else {
-            self.earliest_deadline =
-                Some(self.earliest_deadline.map_or(deadline, |d| d.min(deadline)));
         }
     }
 
@@ -458,14 +449,25 @@ impl<W> Machine<W> {
         self.pump(now);
     }
 
-    /// The broker answered a submission.
-    pub(crate) fn confirmed(&mut self, now: Now, seq: Seq, fate: Fate) {
-        let Some(flight) = self.land(seq) else {
+    /// The broker answered submissions.
+    pub(crate) fn confirmed(
+        &mut self,
+        now: Now,
+        confirmations: impl IntoIterator<Item = Confirmation>,
+    ) {
+        for Confirmation { token, fate } in confirmations {
+            self.answered(now, token, fate);
+        }
+        self.pump(now);
+    }
+
+    fn answered(&mut self, now: Now, seq: Seq, fate: Fate) {
+        let Some(flight) = self.in_flight.land(seq) else {
             // Its generation was given up before; the copy was drained or will be.
             return;
         };
         match (fate, flight.fresh) {
-            (Fate::Confirmed(position), Some((entry, waiter, _))) => {
+            (Fate::Confirmed(position), Some(Fresh { entry, waiter, .. })) => {
                 self.note_confirm(now, flight.written);
                 self.release(entry.size);
                 let via = self.settings.via;
@@ -485,7 +487,7 @@ impl<W> Machine<W> {
                 }
                 self.forget(seq);
             }
-            (Fate::Refused(error), Some((entry, waiter, _))) => {
+            (Fate::Refused(error), Some(Fresh { entry, waiter, .. })) => {
                 self.release(entry.size);
                 self.actions.push(Action::Answer(waiter, Err(error)));
             }
@@ -505,7 +507,6 @@ impl<W> Machine<W> {
                 self.become_suspect(now, "the lane stopped writing");
             }
         }
-        self.pump(now);
     }
 
     /// The open lane has ended, and with it its generation.
@@ -547,9 +548,9 @@ impl<W> Machine<W> {
         if self.state != LaneState::Suspect
             && self.settings.spool
             && self
-                .by_time
-                .first()
-                .is_some_and(|(written, _)| *written + self.hedge.current() <= now.at)
+                .in_flight
+                .oldest()
+                .is_some_and(|written| written + self.hedge.current() <= now.at)
         {
             self.become_suspect(now, "a confirm is late");
         }
@@ -620,7 +621,7 @@ impl<W> Machine<W> {
                     message.retry_count += 1;
                     message.error = Some(failure.details.clone());
                     e.message = Arc::new(message);
-                    e.marks.failure = Some(failure);
+                    e.marks.failure = Some(Box::new(failure));
                     e.due = Some(now.wall + delay);
                 });
                 self.spool.set(seq, Status::Ready);
@@ -633,14 +634,6 @@ impl<W> Machine<W> {
     }
 
     // ----- the inside -----
-
-    /// Takes a message out of those in flight.
-    fn land(&mut self, seq: Seq) -> Option<InFlight<W>> {
-        let flight = self.in_flight.remove(&seq)?;
-        self.by_time.remove(&(flight.written, seq));
-        self.fresh -= usize::from(flight.fresh.is_some());
-        Some(flight)
-    }
 
     fn go(&mut self, to: LaneState, why: &'static str) {
         // Whatever would let it write waits for the operator's word.
@@ -700,12 +693,9 @@ impl<W> Machine<W> {
         if !self.settings.spool {
             return;
         }
-        let seqs: Vec<Seq> = self.in_flight.keys().copied().collect();
-        for seq in seqs {
-            let fresh = self.in_flight.get_mut(&seq).and_then(|f| f.fresh.take());
-            match fresh {
-                Some((entry, waiter, _)) => {
-                    self.fresh -= 1;
+        for seq in self.in_flight.numbers() {
+            match self.in_flight.take(seq) {
+                Some(Fresh { entry, waiter, .. }) => {
                     self.file(seq, entry, waiter, Status::InDoubt);
                 }
                 None => {
@@ -747,12 +737,14 @@ impl<W> Machine<W> {
         &mut self,
         _now: Now,
         seq: Seq,
-        fresh: Option<(Entry, W, Instant)>,
+        fresh: Option<Fresh<W>>,
         doubt: bool,
         error: &Error,
     ) {
         match fresh {
-            Some((mut entry, waiter, _)) => {
+            Some(Fresh {
+                mut entry, waiter, ..
+            }) => {
                 if self.settings.spool {
                     entry.marks.possible_duplicate |= doubt;
                     self.file(seq, entry, waiter, Status::Ready);
@@ -796,9 +788,19 @@ impl<W> Machine<W> {
         }
     }
 
-    fn release(&self, size: usize) {
+    fn release(&mut self, size: usize) {
         if self.settings.spool {
-            self.settings.budget.give_back(size);
+            self.freed.0 += 1;
+            self.freed.1 += size;
+        }
+    }
+
+    /// Gives room back, of many messages at once: every lane's publishes touch
+    /// these counters.
+    fn give_room_back(&mut self) {
+        let (messages, bytes) = std::mem::take(&mut self.freed);
+        if messages > 0 {
+            self.settings.budget.give_back(messages, bytes);
         }
     }
 
@@ -808,11 +810,8 @@ impl<W> Machine<W> {
         let lost = Error::unknown(ErrorCode::ConnectionClosed, why)
             .at(self.settings.via)
             .on(&*self.settings.topic);
-        let flights = std::mem::take(&mut self.in_flight);
-        self.by_time.clear();
-        self.fresh = 0;
-        for (seq, flight) in flights {
-            self.give_back(now, seq, flight.fresh, true, &lost);
+        for (seq, fresh) in self.in_flight.end() {
+            self.give_back(now, seq, fresh, true, &lost);
         }
         self.opening = None;
         self.go(LaneState::Degraded, why);
@@ -825,7 +824,7 @@ impl<W> Machine<W> {
                 "refused",
                 error.to_string(),
                 &self.settings.topic,
-                entry.marks.failure.as_ref(),
+                entry.marks.failure.as_deref(),
             );
             self.bury(seq, failure);
         }
@@ -842,7 +841,7 @@ impl<W> Machine<W> {
             "expired",
             "the message expired in the spool",
             &self.settings.topic,
-            entry.marks.failure.as_ref(),
+            entry.marks.failure.as_deref(),
         );
         self.bury(seq, failure);
         true
@@ -850,6 +849,7 @@ impl<W> Machine<W> {
 
     /// Does whatever the state allows now: ends a suspicion, drains, admits.
     fn pump(&mut self, now: Now) {
+        self.give_room_back();
         let hurry = self.hurries();
         self.spool.wake(if hurry { far_future() } else { now.wall });
         if self.state == LaneState::Suspect
@@ -924,7 +924,8 @@ impl<W> Machine<W> {
     /// Whether the drain's share of the window has room.
     fn has_drain_window(&self) -> bool {
         let share = (self.settings.window * 3 / 4).max(1);
-        self.in_flight.len() - self.fresh < share && self.in_flight.len() < self.settings.window
+        self.in_flight.len() - self.in_flight.waited() < share
+            && self.in_flight.len() < self.settings.window
     }
 
     /// The drain has three quarters of the window; the rest is for new
@@ -960,14 +961,7 @@ impl<W> Machine<W> {
                 marks: entry.marks.clone(),
                 confirm: true,
             });
-            self.by_time.insert((now.at, seq));
-            self.in_flight.insert(
-                seq,
-                InFlight {
-                    written: now.at,
-                    fresh: None,
-                },
-            );
+            self.in_flight.write_drained(seq, now.at);
         }
     }
 
@@ -985,7 +979,7 @@ impl<W> Machine<W> {
             // While it drains, new publishes have a quarter of the window.
             let free = match self.state {
                 LaneState::Draining => {
-                    self.fresh < self.settings.window.div_ceil(4)
+                    self.in_flight.waited() < self.settings.window.div_ceil(4)
                         && self.in_flight.len() < self.settings.window
                 }
                 _ => self.in_flight.len() < self.settings.window,
@@ -1054,15 +1048,12 @@ impl<W> Machine<W> {
                 marks: entry.marks.clone(),
                 confirm: entry.confirm,
             });
-            self.by_time.insert((now.at, seq));
-            self.in_flight.insert(
-                seq,
-                InFlight {
-                    written: now.at,
-                    fresh: Some((entry, intake.waiter, intake.deadline)),
-                },
-            );
-            self.fresh += 1;
+            let fresh = Fresh {
+                entry,
+                waiter: intake.waiter,
+                deadline: intake.deadline,
+            };
+            self.in_flight.write(seq, now.at, fresh);
         }
         if self.state == LaneState::Degraded && !self.settings.spool {
             self.refuse_waiting();
@@ -1119,19 +1110,11 @@ impl<W> Machine<W> {
     }
 
     fn time_out_in_flight(&mut self, now: Now) {
-        let late: Vec<Seq> = self
-            .in_flight
-            .iter()
-            .filter(|(_, f)| f.fresh.as_ref().is_some_and(|(_, _, d)| *d <= now.at))
-            .map(|(seq, _)| *seq)
-            .collect();
-        for seq in late {
+        for seq in self.in_flight.late(now.at) {
             // It stays in flight, unanswered for nobody, until the broker's word
             // or the end of its generation: it still takes its place in the
             // window, or a stalled broker would be sent ever more.
-            let fresh = self.in_flight.get_mut(&seq).and_then(|f| f.fresh.take());
-            if let Some((entry, waiter, _)) = fresh {
-                self.fresh -= 1;
+            if let Some(Fresh { entry, waiter, .. }) = self.in_flight.take(seq) {
                 self.release(entry.size);
                 let error = Error::unknown(
                     ErrorCode::PublishTimeout,

@@ -7,6 +7,7 @@
 
 use std::{
     collections::HashMap,
+    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -16,7 +17,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use tokio::{
-    sync::{broadcast, mpsc, oneshot, watch},
+    sync::{broadcast, futures::Notified, mpsc, oneshot, watch},
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
@@ -28,8 +29,8 @@ use super::{
 };
 use crate::{
     broker::{
-        Confirmation, Delivery, Fate, Lane, LaneOptions, MessageBroker, OrderKey, Outcome, Receipt,
-        Received, Settlement, Submission, Verdict,
+        Confirmation, Delivery, Fate, Lane, LaneOptions, MessageBroker, Outcome, Receipt, Received,
+        Settlement, Submission, Verdict,
     },
     error::{Error, ErrorCode, Result},
     hub::{
@@ -49,15 +50,7 @@ use crate::{
 };
 
 /// A message on its way to a lane.
-pub(crate) struct Item {
-    pub(crate) message: Arc<Message>,
-    pub(crate) order: OrderKey,
-    pub(crate) confirm: bool,
-    pub(crate) deadline: Instant,
-    /// What is known of it beside its fields; nothing, of a new message.
-    pub(crate) marks: Marks,
-    pub(crate) waiter: Waiter,
-}
+pub(crate) type Item = Intake<Waiter>;
 
 /// Who waits for a publish.
 pub(crate) struct Waiter {
@@ -331,14 +324,17 @@ impl Task {
             self.machine.broker_back(now());
         }
         let budget = self.parts.settings.budget.clone();
+        let mut alarm = Alarm::new();
         loop {
             self.act();
             // Listening begins before the last look, or room that comes free in
             // between would be rung for to nobody.
-            let mut freed = std::pin::pin!(budget.freed.notified());
-            let wants_room = self.machine.waiting() > 0;
-            if wants_room {
-                freed.as_mut().enable();
+            let mut freed = std::pin::pin!(None);
+            if self.machine.waiting() > 0 {
+                freed.set(Some(budget.freed.notified()));
+                if let Some(freed) = freed.as_mut().as_pin_mut() {
+                    freed.enable();
+                }
                 self.machine.tick(now());
                 self.act();
             }
@@ -369,9 +365,7 @@ impl Task {
                         self.machine.ended(now, "the connection was lost");
                     } else {
                         self.parts.recorder.publish_confirmations.add(n as u64);
-                        for c in confirmations.drain(..) {
-                            self.machine.confirmed(now, c.token, c.fate);
-                        }
+                        self.machine.confirmed(now, confirmations.drain(..));
                     }
                 }
                 n = verdicts.recv_many(&mut settled, TURN) => {
@@ -388,7 +382,7 @@ impl Task {
                 Ok(()) = controls.changed() => self.obey(&mut controls),
                 () = self.keeper.progress() => {
                     let progress = self.keeper.synced();
-                    self.tell(progress);
+                    self.tell(now().at, progress);
                 }
                 loaded = pending(&mut self.loading) => {
                     self.loading = None;
@@ -447,17 +441,7 @@ impl Task {
                     if n == 0 {
                         open_intake = false;
                     }
-                    let now = now();
-                    for item in batch.drain(..) {
-                        self.machine.publish(now, Intake {
-                            message: item.message,
-                            order: item.order,
-                            confirm: item.confirm,
-                            deadline: item.deadline,
-                            marks: item.marks,
-                            waiter: item.waiter,
-                        });
-                    }
+                    self.machine.publish(now(), batch.drain(..));
                 }
                 () = half_opened(&health), if reopen.is_some() => {
                     reopen = None;
@@ -465,8 +449,10 @@ impl Task {
                         self.machine.broker_back(now());
                     }
                 }
-                () = freed, if wants_room => self.machine.tick(now()),
-                () = sleep_until(deadline) => {
+                () = wait_for(freed.as_mut().as_pin_mut()), if freed.is_some() => {
+                    self.machine.tick(now());
+                }
+                () = alarm.until(deadline) => {
                     let now = now();
                     if reopen.is_some_and(|at| at <= now.at) {
                         reopen = None;
@@ -475,7 +461,7 @@ impl Task {
                         }
                     }
                     for (waiter, outcome) in self.keeper.give_up(now.at) {
-                        self.answer(waiter, Ok(outcome));
+                        self.answer(now.at, waiter, Ok(outcome));
                     }
                     self.machine.tick(now);
                 }
@@ -523,9 +509,11 @@ impl Task {
     fn act(&mut self) {
         loop {
             let actions = self.machine.take_actions();
+            let at = now().at;
             if actions.is_empty() {
-                let progress = self.keeper.flush(now().at);
-                self.tell(progress);
+                self.write_on();
+                let progress = self.keeper.flush(at);
+                self.tell(at, progress);
                 let unkept = self.keeper.unkept(self.machine.spool().len());
                 self.machine.note_unkept(unkept);
                 self.status.unkept.store(unkept as u64, Relaxed);
@@ -540,7 +528,7 @@ impl Task {
                             self.outbox.extend(batch);
                         }
                     }
-                    Action::Answer(waiter, outcome) => self.answer(waiter, outcome),
+                    Action::Answer(waiter, outcome) => self.answer(at, waiter, outcome),
                     Action::Open => self.open(),
                     Action::EndGeneration => {
                         self.submissions = None;
@@ -555,10 +543,10 @@ impl Task {
                         self.parts.recorder.messages_dead_lettered.inc();
                         // What was noted of it is written first, or there
                         // would be nothing that is kept until it is buried.
-                        let progress = self.keeper.flush(now().at);
-                        self.tell(progress);
+                        let progress = self.keeper.flush(at);
+                        self.tell(at, progress);
                         let release = self.keeper.give_away(seq);
-                        self.forget(seq);
+                        self.forget(at, seq);
                         if let Some(dead) = &self.parts.dead {
                             dead.bury(&self.parts.topic, message, failure, release);
                         }
@@ -566,7 +554,7 @@ impl Task {
                     Action::Store { seq, entry, waiter } => {
                         self.parts.fallback_usages.fetch_add(1, Relaxed);
                         if let Some((waiter, outcome)) = self.keeper.store(seq, &entry, waiter) {
-                            self.answer(waiter, Ok(outcome));
+                            self.answer(at, waiter, Ok(outcome));
                         }
                         self.read_along(seq);
                     }
@@ -575,7 +563,7 @@ impl Task {
                             self.keeper.rewrite(seq, entry);
                         }
                     }
-                    Action::Remove(seq) => self.forget(seq),
+                    Action::Remove(seq) => self.forget(at, seq),
                     Action::Load(seqs) => self.load(seqs),
                     Action::Changed { from, to, why } => self.announce(from, to, why),
                 }
@@ -583,15 +571,26 @@ impl Task {
         }
     }
 
-    fn forget(&mut self, seq: Seq) {
-        if let Some((waiter, outcome)) = self.keeper.remove(seq) {
-            self.answer(waiter, Ok(outcome));
+    /// Passes the outbox on if the adapter has room at once, which saves a turn
+    /// for each batch. What it does not take waits for room in the loop.
+    fn write_on(&mut self) {
+        if !self.outbox.is_empty()
+            && let Some(submissions) = &self.submissions
+            && let Ok(permit) = submissions.try_reserve()
+        {
+            permit.send(std::mem::take(&mut self.outbox));
         }
     }
 
-    fn tell(&mut self, progress: Progress<Waiter>) {
+    fn forget(&mut self, at: Instant, seq: Seq) {
+        if let Some((waiter, outcome)) = self.keeper.remove(seq) {
+            self.answer(at, waiter, Ok(outcome));
+        }
+    }
+
+    fn tell(&mut self, at: Instant, progress: Progress<Waiter>) {
         for (waiter, outcome) in progress.answers {
-            self.answer(waiter, Ok(outcome));
+            self.answer(at, waiter, Ok(outcome));
         }
         for seq in progress.kept {
             self.machine.kept(seq);
@@ -671,7 +670,7 @@ impl Task {
         }));
     }
 
-    fn answer(&self, waiter: Waiter, outcome: Result<Outcome>) {
+    fn answer(&self, now: Instant, waiter: Waiter, outcome: Result<Outcome>) {
         let recorder = &self.parts.recorder;
         match &outcome {
             Ok(_) => recorder.publish_successes.inc(),
@@ -683,7 +682,9 @@ impl Task {
                 }
             }
         }
-        recorder.publish_latency.record(waiter.since.elapsed());
+        recorder
+            .publish_latency
+            .record(now.saturating_duration_since(waiter.since));
         let Waiter {
             id, answer, seen, ..
         } = waiter;
@@ -700,10 +701,14 @@ impl Task {
 
     /// What the adapter never took is certainly not sent.
     fn unsend_outbox(&mut self, now: Now) {
-        for submission in std::mem::take(&mut self.outbox) {
-            self.machine
-                .confirmed(now, submission.token, Fate::Unsent(gone()));
-        }
+        let unsent = std::mem::take(&mut self.outbox).into_iter();
+        self.machine.confirmed(
+            now,
+            unsent.map(|submission| Confirmation {
+                token: submission.token,
+                fate: Fate::Unsent(gone()),
+            }),
+        );
     }
 
     fn announce(&self, from: LaneState, to: LaneState, why: &'static str) {
@@ -870,9 +875,42 @@ async fn half_opened(health: &Option<Arc<Health>>) {
     }
 }
 
-async fn sleep_until(deadline: Option<Instant>) {
-    match deadline {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
+async fn wait_for(room: Option<Pin<&mut Notified<'_>>>) {
+    match room {
+        Some(room) => room.await,
         None => std::future::pending().await,
+    }
+}
+
+/// A timer that is set again only for an earlier deadline. Most turns move the
+/// deadline a little later; ringing once too early costs less than telling the
+/// runtime each time.
+struct Alarm {
+    sleep: Pin<Box<tokio::time::Sleep>>,
+    /// Rings at the deadline of its sleep.
+    armed: bool,
+}
+
+impl Alarm {
+    fn new() -> Self {
+        Self {
+            sleep: Box::pin(tokio::time::sleep(Duration::ZERO)),
+            armed: false,
+        }
+    }
+
+    /// Ends at the deadline, or at an earlier one that was asked for before.
+    ///
+    /// Cancel safe.
+    async fn until(&mut self, deadline: Option<Instant>) {
+        let Some(deadline) = deadline.map(tokio::time::Instant::from_std) else {
+            return std::future::pending().await;
+        };
+        if !self.armed || deadline < self.sleep.deadline() {
+            self.sleep.as_mut().reset(deadline);
+            self.armed = true;
+        }
+        self.sleep.as_mut().await;
+        self.armed = false;
     }
 }

@@ -12,7 +12,7 @@ use std::{
 use super::machine::{Action, Intake, Machine, Now, Settings};
 use crate::hub::controls::{Controls, Hold};
 use crate::{
-    broker::{BrokerType, Fate, OrderKey, Outcome, Submission, Verdict},
+    broker::{BrokerType, Confirmation, Fate, OrderKey, Outcome, Submission, Verdict},
     error::{Error, ErrorCode},
     hub::{
         spool::{Budget, Entry},
@@ -20,6 +20,10 @@ use crate::{
     },
     message::{Message, MessageId, Timestamp, wire::Marks},
 };
+
+fn answer(token: u64, fate: Fate) -> Confirmation {
+    Confirmation { token, fate }
+}
 
 const WINDOW: usize = 16;
 const KEYS: u64 = 5;
@@ -217,17 +221,15 @@ impl Sim {
     fn publish_numbered(&mut self, n: u64, key: u64) {
         let mut message = Message::new("t", "x");
         message.id = MessageId::new(format!("m{n}")).unwrap();
-        self.machine.publish(
-            self.now(),
-            Intake {
-                message: Arc::new(message),
-                order: OrderKey::Publisher(key),
-                confirm: true,
-                deadline: self.now + Duration::from_secs(30),
-                marks: Marks::default(),
-                waiter: n,
-            },
-        );
+        let intake = Intake {
+            message: Arc::new(message),
+            order: OrderKey::Publisher(key),
+            confirm: true,
+            deadline: self.now + Duration::from_secs(30),
+            marks: Marks::default(),
+            waiter: n,
+        };
+        self.machine.publish(self.now(), [intake]);
     }
 
     /// The connection dies: some of what was written was stored, and of that
@@ -245,7 +247,7 @@ impl Sim {
         self.lane_open = false;
         for token in unknown {
             self.machine
-                .confirmed(self.now(), token, Fate::Unknown(lost()));
+                .confirmed(self.now(), [answer(token, Fate::Unknown(lost()))]);
             self.act();
         }
         for token in unsent {
@@ -255,7 +257,7 @@ impl Sim {
             } else {
                 Fate::Unknown(lost())
             };
-            self.machine.confirmed(self.now(), token, fate);
+            self.machine.confirmed(self.now(), [answer(token, fate)]);
             self.act();
         }
         self.machine.ended(self.now(), "crash");
@@ -279,8 +281,10 @@ impl Sim {
                         self.turned_away.insert(s.message.id.to_string());
                         self.machine.confirmed(
                             self.now(),
-                            s.token,
-                            Fate::Overloaded(Error::new(ErrorCode::PublishFailed, "full")),
+                            [answer(
+                                s.token,
+                                Fate::Overloaded(Error::new(ErrorCode::PublishFailed, "full")),
+                            )],
                         );
                     }
                 } else {
@@ -290,13 +294,11 @@ impl Sim {
             }
             55..=79 if self.broker.up && !self.broker.stalled => {
                 let n = self.rng.usize(..=self.broker.confirming.len());
-                for _ in 0..n {
-                    if let Some(token) = self.broker.confirming.pop_front() {
-                        self.machine
-                            .confirmed(self.now(), token, Fate::Confirmed(None));
-                        self.act();
-                    }
-                }
+                let answers: Vec<_> = self.broker.confirming.drain(..n).collect();
+                let answers = answers.into_iter();
+                let answers = answers.map(|token| answer(token, Fate::Confirmed(None)));
+                self.machine.confirmed(self.now(), answers);
+                self.act();
             }
             80..=84 if self.open_wanted && self.broker.up => {
                 self.open_wanted = false;
@@ -425,7 +427,7 @@ impl Sim {
             self.store(n);
             while let Some(token) = self.broker.confirming.pop_front() {
                 self.machine
-                    .confirmed(self.now(), token, Fate::Confirmed(None));
+                    .confirmed(self.now(), [answer(token, Fate::Confirmed(None))]);
                 self.act();
             }
             self.now += Duration::from_millis(20);
@@ -579,7 +581,7 @@ fn a_confirm_that_is_late_spools_what_is_in_flight_and_answers_at_the_hedge() {
     // The late confirm drops the copy, and the rest is drained.
     let token = sim.broker.written.pop_front().unwrap().token;
     sim.machine
-        .confirmed(sim.now(), token, Fate::Confirmed(None));
+        .confirmed(sim.now(), [answer(token, Fate::Confirmed(None))]);
     sim.act();
     assert_eq!(sim.machine.state(), LaneState::Draining);
     assert_eq!(sim.broker.written.len(), 1);
@@ -651,7 +653,7 @@ fn a_refusal_never_fails_over() {
     let token = sim.broker.written.pop_front().unwrap().token;
     let refusal = Error::rejected(ErrorCode::PublishRejected, "unroutable");
     sim.machine
-        .confirmed(sim.now(), token, Fate::Refused(refusal));
+        .confirmed(sim.now(), [answer(token, Fate::Refused(refusal))]);
     sim.act();
     assert!(sim.answers[&0].as_ref().unwrap_err().is_refusal());
     assert_eq!(sim.machine.state(), LaneState::Primary);
@@ -689,7 +691,7 @@ fn confirm_all(sim: &mut Sim) {
     sim.store(n);
     while let Some(token) = sim.broker.confirming.pop_front() {
         sim.machine
-            .confirmed(sim.now(), token, Fate::Confirmed(None));
+            .confirmed(sim.now(), [answer(token, Fate::Confirmed(None))]);
         sim.act();
     }
 }

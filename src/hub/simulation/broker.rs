@@ -13,7 +13,7 @@ use super::{
     world::{Ev, World},
 };
 use crate::{
-    broker::{Fate, Submission},
+    broker::{Confirmation, Fate, Submission},
     error::{Error, ErrorCode},
     message::Message,
 };
@@ -272,7 +272,9 @@ impl World {
         }
         let before = self.processes[p].lanes[l].machine.state();
         let refused = matches!(fate, Fate::Refused(_));
-        self.with_machine(p, l, |machine, now| machine.confirmed(now, token, fate));
+        self.with_machine(p, l, |machine, now| {
+            machine.confirmed(now, [Confirmation { token, fate }])
+        });
         if refused && self.processes[p].up {
             self.check_refusal(p, l, before, attempt);
         }

@@ -111,7 +111,7 @@ impl World {
             (_, false) => 1 + i % 2,
         };
         let order = match &message.key {
-            Some(key) => OrderKey::Key(key.bytes()),
+            Some(key) => OrderKey::Key(key.clone()),
             None => OrderKey::Publisher(i as u64),
         };
         let wait = match self.rng.u32(..10) {
@@ -168,7 +168,7 @@ impl World {
             deadline,
             waiter: attempt,
         };
-        self.with_machine(p, l, |machine, now| machine.publish(now, intake));
+        self.with_machine(p, l, |machine, now| machine.publish(now, [intake]));
     }
 
     /// Asks the intake window. False: it has the answer, or will.

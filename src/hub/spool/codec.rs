@@ -155,7 +155,7 @@ pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
     let mut message = found.message;
     message.payload = bytes.slice(PREFIX + length..);
     let order = match (&message.key, found.publisher) {
-        (Some(key), None) => OrderKey::Key(key.bytes()),
+        (Some(key), None) => OrderKey::Key(key.clone()),
         (_, publisher) => OrderKey::Publisher(publisher.unwrap_or(0)),
     };
     Ok(Kept {
@@ -167,12 +167,14 @@ pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
             marks: Marks {
                 possible_duplicate: found.duplicate,
                 settled: found.settled,
-                failure: found.failure.map(|f| Failure {
-                    reason: f.reason,
-                    details: f.details,
-                    first: Timestamp::from_millis(f.first),
-                    last: Timestamp::from_millis(f.last),
-                    original_topic: f.topic,
+                failure: found.failure.map(|f| {
+                    Box::new(Failure {
+                        reason: f.reason,
+                        details: f.details,
+                        first: Timestamp::from_millis(f.first),
+                        last: Timestamp::from_millis(f.last),
+                        original_topic: f.topic,
+                    })
                 }),
             },
             // Whatever was asked for then, nobody waits for the answer now.
@@ -210,7 +212,7 @@ mod tests {
 
     fn entry(message: Message) -> Entry {
         let order = match &message.key {
-            Some(key) => OrderKey::Key(key.bytes()),
+            Some(key) => OrderKey::Key(key.clone()),
             None => OrderKey::Publisher(77),
         };
         Entry {
@@ -219,13 +221,13 @@ mod tests {
             marks: Marks {
                 possible_duplicate: true,
                 settled: vec!["g".to_owned()],
-                failure: Some(Failure {
+                failure: Some(Box::new(Failure {
                     reason: "r".to_owned(),
                     details: "d".to_owned(),
                     first: Timestamp::from_millis(1),
                     last: Timestamp::from_millis(2),
                     original_topic: "t".to_owned(),
-                }),
+                })),
             },
             confirm: true,
             since: Timestamp::from_millis(5),

@@ -173,10 +173,10 @@ impl Budget {
             && self.bytes.load(Relaxed) + size <= self.max_bytes
     }
 
-    /// Gives the room of one message back.
-    pub(crate) fn give_back(&self, size: usize) {
-        self.bytes.fetch_sub(size, Relaxed);
-        self.messages.fetch_sub(1, Relaxed);
+    /// Gives the room of messages back.
+    pub(crate) fn give_back(&self, messages: usize, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Relaxed);
+        self.messages.fetch_sub(messages, Relaxed);
         self.freed.notify_waiters();
     }
 

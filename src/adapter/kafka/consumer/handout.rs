@@ -166,7 +166,7 @@ impl HandOut {
                     let message = Arc::make_mut(&mut held.received.message);
                     message.retry_count = message.retry_count.saturating_add(1);
                     message.error = Some(failure.details.clone());
-                    Arc::make_mut(&mut held.received.marks).failure = Some(failure);
+                    Arc::make_mut(&mut held.received.marks).failure = Some(Box::new(failure));
                 });
             }
             Later::DeadLetter(tag, Ok(()), done) => {
