@@ -9,7 +9,7 @@ INFRA_RUN ?= .infra/run
 CONFIG    ?=
 
 .PHONY: help run build-tools test lint deny test-infra-start test-infra-stop \
-        test-infra-status test-faults bench challenges
+        test-infra-status test-faults acceptance bench challenges
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -58,6 +58,11 @@ test-faults: build-tools
 	@scripts/brokers install all
 	FAULTS=all MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --test 'fault*' --no-fail-fast -- --nocapture --test-threads=1
 	MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --lib --test rabbitmq --test kafka --test embedded fault_ -- --nocapture
+
+## make acceptance          a steady load through three kills of the broker and one of the hub (release build)
+acceptance: build-tools
+	@scripts/brokers install all
+	ACCEPTANCE=rabbitmq,kafka MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --release --test faults the_acceptance -- --nocapture
 
 ## make bench              confirmed publishing side by side with the bare clients
 bench: build-tools

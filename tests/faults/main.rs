@@ -19,6 +19,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod acceptance;
 mod book;
 mod cell;
 mod disk;
@@ -37,8 +38,8 @@ use std::time::{Duration, Instant};
 
 use cell::{Cell, Fault, Mode, Moment, Target};
 use futures_util::FutureExt;
-use site::Site;
-use support::Unavailable;
+use site::{Node, Site};
+use support::{Rabbit, RabbitVersion, Unavailable};
 use table::Table;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -93,6 +94,49 @@ async fn a_broker_paused_for_2_6_and_20_seconds_makes_no_publish_wait() {
     }
     let failed = table.finish(seed, began.elapsed().as_secs_f64());
     assert!(failed.is_empty(), "failed: {}", failed.join(" "));
+}
+
+/// Three kills of the broker and one of the hub under a steady load.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_acceptance_run() {
+    let Ok(wanted) = std::env::var("ACCEPTANCE") else {
+        println!("runs with ACCEPTANCE=rabbitmq,kafka");
+        return;
+    };
+    let rates = std::env::var("ACCEPTANCE_RATES").unwrap_or_else(|_| "5000,20000".to_owned());
+    let mut failed = Vec::new();
+    for broker in wanted.split(',') {
+        let started = match broker {
+            "rabbitmq" => Rabbit::start(RabbitVersion::V4).await.map(Node::Rabbit),
+            "kafka" => support::Kafka::start().await.map(Node::Kafka),
+            other => panic!("ACCEPTANCE: {other} is neither rabbitmq nor kafka"),
+        };
+        let mut node = match started {
+            Ok(node) => node,
+            Err(unavailable) => {
+                unavailable.skip_or_fail();
+                continue;
+            }
+        };
+        for rate in rates.split(',') {
+            let rate = rate.parse().expect("ACCEPTANCE_RATES are numbers");
+            let folder = tempfile::Builder::new()
+                .prefix("hub-acceptance-")
+                .tempdir()
+                .unwrap();
+            let report = acceptance::run(&mut node, rate, folder.path()).await;
+            if !report.failed.is_empty() {
+                println!("  the hub's log is kept in {}", folder.keep().display());
+            }
+            failed.extend(
+                report
+                    .failed
+                    .into_iter()
+                    .map(|f| format!("{broker} at {rate}: {f}")),
+            );
+        }
+    }
+    assert!(failed.is_empty(), "failed:\n{}", failed.join("\n"));
 }
 
 async fn pauses(

@@ -30,6 +30,24 @@ pub struct Load {
     pacer: JoinHandle<()>,
 }
 
+/// How much a load may have under way.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// Lines of a publisher without an answer.
+    pub window: usize,
+    /// Messages that may be due and not written.
+    pub debt: u64,
+}
+
+impl Shape {
+    /// Enough to keep the hub busy, little enough that waiting behind one's own
+    /// lines is no matter of seconds.
+    pub const CELL: Self = Self {
+        window: 150,
+        debt: 100,
+    };
+}
+
 #[derive(Default)]
 struct Progress {
     begun: AtomicU64,
@@ -38,7 +56,7 @@ struct Progress {
 
 impl Load {
     /// `url` is the hub's, through the clients' proxy.
-    pub fn start(book: &Arc<Book>, url: &str) -> Self {
+    pub fn start(book: &Arc<Book>, url: &str, shape: Shape) -> Self {
         let allowed = Arc::new(watch::Sender::new(0));
         let rate = Arc::new(AtomicU32::new(0));
         let progress = Arc::new(Progress::default());
@@ -51,13 +69,19 @@ impl Load {
                     url: format!("{url}/v1/topics/{}/messages", book.topic),
                     allowed: allowed.subscribe(),
                     progress: progress.clone(),
+                    window: shape.window,
                     next: 0,
                     again: VecDeque::new(),
                 };
                 tokio::spawn(publisher.run(stopped.clone()))
             })
             .collect();
-        let pacer = tokio::spawn(pace(allowed.clone(), rate.clone(), progress.clone()));
+        let pacer = tokio::spawn(pace(
+            allowed.clone(),
+            rate.clone(),
+            progress.clone(),
+            shape.debt,
+        ));
         Self {
             allowed,
             rate,
@@ -108,7 +132,12 @@ impl Drop for Load {
 
 /// Never owes more than a little: where the hub is slower than the rate, the
 /// publishers are as fast as it answers.
-async fn pace(allowed: Arc<watch::Sender<u64>>, rate: Arc<AtomicU32>, progress: Arc<Progress>) {
+async fn pace(
+    allowed: Arc<watch::Sender<u64>>,
+    rate: Arc<AtomicU32>,
+    progress: Arc<Progress>,
+    debt: u64,
+) {
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
     let mut owed = 0.0;
@@ -116,7 +145,7 @@ async fn pace(allowed: Arc<watch::Sender<u64>>, rate: Arc<AtomicU32>, progress: 
         ticks.tick().await;
         owed += f64::from(rate.load(Ordering::Relaxed)) * TICK.as_secs_f64();
         if owed >= 1.0 {
-            let most = progress.begun.load(Ordering::Relaxed) + DEBT;
+            let most = progress.begun.load(Ordering::Relaxed) + debt;
             allowed.send_if_modified(|allowed| {
                 let room = most.saturating_sub(*allowed);
                 *allowed += room.min(owed as u64);
@@ -133,6 +162,7 @@ struct Publisher {
     url: String,
     allowed: watch::Receiver<u64>,
     progress: Arc<Progress>,
+    window: usize,
     next: u64,
     /// Numbers, and how often they were sent, of what must be repeated.
     again: VecDeque<(u64, u32)>,
@@ -181,7 +211,7 @@ impl Publisher {
         let mut text = Vec::new();
         let mut heard = Instant::now();
         loop {
-            let room = open.len() < WINDOW;
+            let room = open.len() < self.window;
             tokio::select! {
                 piece = pieces.next() => {
                     let Some(Ok(piece)) = piece else { break };
@@ -198,8 +228,13 @@ impl Publisher {
                 begin = self.may_begin(), if room && self.again.is_empty() => {
                     if !begin { break }
                     if open.is_empty() { heard = Instant::now(); }
-                    let line = self.write_new(&mut open);
-                    if lines.send(Ok(line)).await.is_err() { break }
+                    let mut text = self.write_new(&mut open);
+                    // What else is due goes with it.
+                    for _ in 1..BATCH {
+                        if open.len() >= self.window || !self.takes_one() { break }
+                        text.extend(self.write_new(&mut open));
+                    }
+                    if lines.send(Ok(text.into())).await.is_err() { break }
                 }
                 () = tokio::time::sleep_until(heard + ANSWER), if !open.is_empty() => break,
             }
@@ -222,23 +257,26 @@ impl Publisher {
 
     /// Takes one of what all may begin; cancel safe, as it takes at its end.
     async fn may_begin(&self) -> bool {
-        let begun = &self.progress.begun;
         loop {
             if !self.until_allowed().await {
                 return false;
             }
-            let allowed = *self.allowed.borrow();
-            let one_more = |begun: u64| (begun < allowed).then_some(begun + 1);
-            if begun
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
-                .is_ok()
-            {
+            if self.takes_one() {
                 return true;
             }
         }
     }
 
-    fn write_new(&mut self, open: &mut Open) -> Bytes {
+    fn takes_one(&self) -> bool {
+        let allowed = *self.allowed.borrow();
+        let one_more = |begun: u64| (begun < allowed).then_some(begun + 1);
+        let begun = &self.progress.begun;
+        begun
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more)
+            .is_ok()
+    }
+
+    fn write_new(&mut self, open: &mut Open) -> Vec<u8> {
         let n = self.next;
         self.next += 1;
         open.push_back(self.book.writes(self.index, n, 0));
@@ -247,7 +285,7 @@ impl Publisher {
 
     fn write_again(&mut self, open: &mut Open) -> Bytes {
         let mut lines = Vec::new();
-        while open.len() < WINDOW
+        while open.len() < self.window
             && lines.len() < BATCH
             && let Some((n, again)) = self.again.pop_front()
         {
@@ -257,7 +295,7 @@ impl Publisher {
         lines.into()
     }
 
-    fn line(&self, n: u64) -> Bytes {
+    fn line(&self, n: u64) -> Vec<u8> {
         let envelope = json!({
             "id": self.book.id(self.index, n),
             "type": "fault",
@@ -265,14 +303,17 @@ impl Publisher {
             "payload": BASE64_STANDARD.encode(payload(self.index, n)),
             "headers": BTreeMap::from([("n", n.to_string())]),
         });
-        Bytes::from(format!("{envelope}\n"))
+        format!("{envelope}\n").into_bytes()
     }
 
     /// False when the hub takes nothing more on this connection.
     fn take_answers(&mut self, text: &mut Vec<u8>, open: &mut Open) -> bool {
-        while let Some(end) = text.iter().position(|b| *b == b'\n') {
-            let line: Vec<u8> = text.drain(..=end).collect();
-            let answer: Value = serde_json::from_slice(&line).expect("a line of JSON");
+        let Some(end) = text.iter().rposition(|b| *b == b'\n') else {
+            return true;
+        };
+        let whole: Vec<u8> = text.drain(..=end).collect();
+        for line in whole.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+            let answer: Value = serde_json::from_slice(line).expect("a line of JSON");
             let error = &answer["error"];
             if error["detail"]
                 .as_str()
@@ -305,14 +346,9 @@ impl Publisher {
 }
 
 const PUBLISHERS: usize = 3;
-/// Messages that may be due and not written.
-const DEBT: u64 = 100;
 const TICK: Duration = Duration::from_millis(5);
 const RECONNECT: Duration = Duration::from_millis(50);
 /// Without any answer for this long a client gives a connection up.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Lines of a publisher without an answer: enough to keep the hub busy, few
-/// enough that waiting behind one's own lines is no matter of seconds.
-const WINDOW: usize = 150;
-/// Lines that are repeated at a time.
+/// Lines that go out at a time.
 const BATCH: usize = 100;

@@ -15,7 +15,7 @@ use crate::foreign::Foreign;
 use crate::hiccup::Hiccups;
 use crate::hub::{Hub, Seen};
 use crate::judge::{self, Facts, Row};
-use crate::publisher::Load;
+use crate::publisher::{Load, Shape};
 use crate::site::{self, Node, Site};
 use crate::support::{Direction, TcpProxy, unique, wait};
 use crate::through::Through;
@@ -71,7 +71,7 @@ pub async fn cell(
         Node::Kafka(node) => Foreign::of_topic(&book, node.bootstrap().to_owned()),
     };
     let through = Through::start(&book, &hub.reader_url(), hub.life(), cell.mode);
-    let load = Load::start(&book, &hub.url());
+    let load = Load::start(&book, &hub.url(), Shape::CELL);
     let hiccups = Hiccups::start(folder);
     let mut run = Run {
         cell,

@@ -221,4 +221,47 @@ topology:
     std::fs::write(folder.join("hub.yaml"), text).unwrap();
 }
 
+/// The hub beside a broker, without a proxy and without anything that a cell
+/// needs for its readers.
+pub fn configure_plain(folder: &Path, topic: &str, node: &Node) {
+    let (broker, kind, primary, topology) = match node {
+        Node::Rabbit(node) => (
+            format!("rabbitmq:\n  url: {}\n", node.url()),
+            "task",
+            "rabbitmq",
+            format!(
+                "  exchanges:
+    - {{name: helixagent.retry, kind: topic}}
+  queues:
+    - {{name: {topic}, options: {{queue_type: quorum}}}}
+    - {{name: helixagent.dlq}}
+    - name: helixagent.retry
+      bindings: [{{exchange: helixagent.retry, routing_key: \"#\"}}]
+      options: {{message_ttl_ms: 60000, dead_letter_exchange: \"\", dead_letter_strategy: at-least-once, overflow: reject-publish}}
+"
+            ),
+        ),
+        Node::Kafka(node) => (
+            format!("kafka:\n  brokers: [\"{}\"]\n", node.bootstrap()),
+            "event",
+            "kafka",
+            format!(
+                "  topics:
+    - {{name: {topic}, options: {{partitions: {PARTITIONS}}}}}
+    - {{name: helixagent.dlq.events, options: {{partitions: 1}}}}
+"
+            ),
+        ),
+    };
+    let text = format!(
+        "{broker}hub:
+  routes:
+    - {{pattern: \"{PATTERN}\", kind: {kind}, primary: {primary}, during_outage: hold}}
+topology:
+  defaults: false
+{topology}"
+    );
+    std::fs::write(folder.join("hub.yaml"), text).unwrap();
+}
+
 pub const PARTITIONS: u64 = 3;
