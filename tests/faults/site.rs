@@ -257,6 +257,7 @@ pub fn configure_plain(folder: &Path, topic: &str, node: &Node) {
         "{broker}hub:
   routes:
     - {{pattern: \"{PATTERN}\", kind: {kind}, primary: {primary}, during_outage: hold}}
+log: {{level: \"info,messaging_hub=debug\"}}
 topology:
   defaults: false
 {topology}"
