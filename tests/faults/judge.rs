@@ -323,8 +323,16 @@ fn deliveries<'a>(
 /// the spool alone. Leases compete with those before them, and get dispatch
 /// order only.
 fn reordered(cell: Cell, book: &Book, foreign: &[Arrival], through: &[Arrival]) -> Vec<String> {
-    // A link that was lost took deliveries with it; they come again, later.
-    let first = foreign.iter().filter(|a| !a.again);
+    // A link that was lost took deliveries with it, which the broker repeats
+    // later and says so: when they came first, and whether in order, nobody saw.
+    // A second copy of such a message is no first delivery either.
+    let mut unseen = HashSet::new();
+    let first = foreign.iter().filter(|a| {
+        if a.again {
+            unseen.insert(a.id.as_str());
+        }
+        !unseen.contains(a.id.as_str())
+    });
     let mut found = out_of_order(book, FOREIGN, first);
     match cell.mode {
         Mode::Events => found.extend(out_of_order(book, THROUGH, through.iter())),

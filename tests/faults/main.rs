@@ -4,7 +4,7 @@
 //! `FAULTS=all` runs every cell, `FAULTS_CELLS=rabbitmq/kill/draining/hold,...`
 //! the ones that are named (a part may be `*`), otherwise a short set runs.
 //! `FAULTS_SEED` repeats a run's choices, `FAULTS_JSON` names a file for the
-//! table.
+//! table, `FAULTS_PAUSES` the seconds that brokers are paused for.
 
 #![cfg(all(
     feature = "rabbitmq",
@@ -153,7 +153,9 @@ async fn pauses(
         moment: Moment::Saturated,
         mode,
     };
-    for seconds in [2, 6, 20] {
+    let seconds = std::env::var("FAULTS_PAUSES").unwrap_or_else(|_| "2,6,20".to_owned());
+    for seconds in seconds.split(',') {
+        let seconds = seconds.parse().expect("FAULTS_PAUSES are seconds");
         println!("{cell}: paused for {seconds} s");
         let lasting = Some(Duration::from_secs(seconds));
         one(cell, &mut site, seed ^ seconds, lasting, &mut table).await;
@@ -223,6 +225,7 @@ async fn one(
         }
     };
     if !passed {
+        println!("{cell}: {}", site.node.last_words().await);
         println!(
             "{cell}: the hub's log is kept in {}",
             folder.keep().display()

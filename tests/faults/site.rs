@@ -81,6 +81,16 @@ impl Node {
         }
     }
 
+    /// How it is, and the last that it said, for the report of a failure.
+    pub async fn last_words(&self) -> String {
+        let (state, info) = match self {
+            Self::Rabbit(node) => (node.state().await, node.info()),
+            Self::Kafka(node) => (node.state().await, node.info()),
+        };
+        let log = crate::hub::tail(&info.dir.join("server.log"));
+        format!("the server is {state}; its log ends with\n{log}")
+    }
+
     /// Returns when the process is gone.
     pub async fn kill(&self) {
         // The signal at once; the launcher's command waits for the rest.

@@ -379,7 +379,10 @@ impl<W> Machine<W> {
 
     /// Somebody publishes, or several do.
     pub(crate) fn publish(&mut self, now: Now, intake: impl IntoIterator<Item = Intake<W>>) {
-        if !self.open {
+        // Degraded, the shell tries again by itself: what is spooled meanwhile
+        // would ask at every message.
+        let tries = self.settings.spool && self.state == LaneState::Degraded && !self.refused;
+        if !self.open && !tries {
             self.refused = false;
             self.want_open(now);
         }
