@@ -9,7 +9,7 @@ INFRA_RUN ?= .infra/run
 CONFIG    ?=
 
 .PHONY: help run build-tools test lint deny test-infra-start test-infra-stop \
-        test-infra-status test-faults acceptance bench challenges
+        test-infra-status test-faults acceptance large-spool bench challenges
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -63,6 +63,11 @@ test-faults: build-tools
 acceptance: build-tools
 	@scripts/brokers install all
 	ACCEPTANCE=rabbitmq,kafka MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --release --test faults the_acceptance -- --nocapture
+
+## make large-spool         ten million spooled messages, drained in under 256 MiB (release build, minutes)
+large-spool: build-tools
+	@scripts/brokers install all
+	LARGE_SPOOL=kafka:10000000x16,rabbitmq:1000000x1024 MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --release --test large_spool -- --nocapture
 
 ## make bench              confirmed publishing side by side with the bare clients
 bench: build-tools

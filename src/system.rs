@@ -147,11 +147,19 @@ impl MessagingSystem {
             self.hub.set_event_stream_broker(broker.clone());
         }
         #[cfg(feature = "journal")]
-        if let Some(dir) = self.config.journal_dir()
-            && fallback
-            && !alone
-        {
-            self.hub.keep_spool_in(dir).await?;
+        if let Some(dir) = self.config.journal_dir() {
+            if fallback && !alone {
+                self.hub.keep_spool_in(dir).await?;
+            } else {
+                // Moved to the embedded broker they would never reach theirs.
+                let left = MessagingHub::spool_left_in(dir).await?;
+                if left > 0 {
+                    tracing::error!(messages = left, folder = %dir.display(),
+                        "the data folder holds a spool that this configuration does not drain: \
+                         it has no broker, or the fallback is off; the messages stay there until \
+                         the hub is started as before, or another adopts them");
+                }
+            }
         }
         #[cfg(not(feature = "journal"))]
         if self.config.journal_dir().is_some() {

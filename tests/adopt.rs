@@ -195,3 +195,32 @@ async fn the_spool_of_a_dead_hub_drains_through_another_or_its_successor() {
     // What was in doubt when the broker died, at most a window.
     assert!(repeats <= 1_000, "{repeats} repeats");
 }
+
+/// Started without its brokers, by mistake or on purpose, a hub says what it
+/// leaves alone, and the next one with them still has it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spool_that_this_configuration_does_not_drain_is_told_and_kept() {
+    const SPOOLED: usize = 50;
+    // Nobody listens there: the broker is away.
+    let port = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let url = format!("amqp://guest:guest@127.0.0.1:{port}/%2f");
+    let folder = tempfile::tempdir().unwrap();
+    let data = ["--data", folder.path().to_str().unwrap()];
+    let with = [("RABBITMQ_URL", url.as_str()), ("RUST_LOG", "warn")];
+    let hub = Hub::start_with(&data, &with);
+    let outcomes = publish(&hub, 0, SPOOLED).await;
+    assert_eq!(outcomes.get("spooled"), Some(&SPOOLED));
+    drop(hub);
+    let mut without = Hub::start_with(&data, &[("RUST_LOG", "warn")]);
+    assert_eq!(spooled(&without).await, 0);
+    without.signal("TERM");
+    let (status, said) = without.ended();
+    assert!(status.success());
+    assert!(said.contains("does not drain"), "{said}");
+    assert!(said.contains("messages=50"), "{said}");
+    let again = Hub::start_with(&data, &with);
+    assert_eq!(spooled(&again).await, SPOOLED as u64);
+}

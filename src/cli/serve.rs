@@ -4,7 +4,7 @@
 //! leases back and closes the hub, all within the grace period. The second one
 //! ends the process at once.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 use tokio::time::Instant;
@@ -166,7 +166,11 @@ fn start_log(log: &LogConfig) -> Result<(), Failure> {
             log.level
         ))
     })?;
+    // Colours are for eyes: a file or a collector would keep the escapes.
+    let colours = std::io::stderr().is_terminal()
+        && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let base = tracing_subscriber::fmt()
+        .with_ansi(colours)
         .with_env_filter(filter)
         .with_span_events(FmtSpan::NONE)
         .with_writer(std::io::stderr);

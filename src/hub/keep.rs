@@ -62,6 +62,28 @@ impl MessagingHub {
         Ok(self.take_up(left))
     }
 
+    /// How many messages the spool in a data folder holds, for who does not
+    /// take them up; 0 where there is none.
+    ///
+    /// # Errors
+    /// The spool is held by another process, or cannot be read.
+    pub(crate) async fn spool_left_in(dir: &Path) -> Result<u64> {
+        let folder = dir.join(FOLDER);
+        if !folder.is_dir() {
+            return Ok(0);
+        }
+        let nothing = Wanted {
+            ids: 0,
+            since: Timestamp::now(),
+        };
+        blocking(move || {
+            let (log, left) = SpoolLog::open(&folder, u64::MAX, nothing)?;
+            log.close()?;
+            Ok(left.lanes.values().map(|l| l.spool.len() as u64).sum())
+        })
+        .await
+    }
+
     fn take_up(&self, left: Left) -> SpoolFound {
         let mut found = SpoolFound::default();
         for (lane, of_lane) in left.lanes {

@@ -87,6 +87,10 @@ impl Hub {
             .unwrap()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends SIGTERM or the like.
     pub fn signal(&self, name: &str) {
         let done = Command::new("kill")

@@ -1,0 +1,324 @@
+//! Spools that are larger than the memory they may take: ten million messages
+//! of as many keys, and a million of 1 KiB. The process that drains them stays
+//! under 256 MiB while publishing goes on, and everything arrives.
+//!
+//! `LARGE_SPOOL=kafka:10000000x16,rabbitmq:1000000x1024` runs it, with any such
+//! list of brokers, messages and bytes (`make large-spool`). It needs a few
+//! gigabytes of disk and some minutes; build it with `--release`.
+#![cfg(all(
+    feature = "server",
+    feature = "rabbitmq",
+    feature = "kafka",
+    feature = "journal"
+))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod process;
+mod support;
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use futures_util::StreamExt;
+use process::Hub;
+use rdkafka::{
+    ClientConfig, Message as _,
+    consumer::{BaseConsumer, Consumer as _},
+};
+use reqwest::Client;
+use serde_json::Value;
+use support::{Kafka, Rabbit, RabbitVersion, need, wait};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spool_larger_than_memory_is_drained_while_publishing_goes_on() {
+    let Ok(wanted) = std::env::var("LARGE_SPOOL") else {
+        println!("runs with LARGE_SPOOL=kafka:10000000x16,rabbitmq:1000000x1024");
+        return;
+    };
+    for one in wanted.split(',') {
+        let (broker, size) = one.split_once(':').expect("broker:COUNTxBYTES");
+        let (count, bytes) = size.split_once('x').expect("COUNTxBYTES");
+        let (count, bytes) = (count.parse().unwrap(), bytes.parse().unwrap());
+        match broker {
+            "kafka" => {
+                let mut node = need!(Kafka::start().await);
+                let folder = tempfile::tempdir().unwrap();
+                configure(
+                    folder.path(),
+                    "event",
+                    &format!("kafka:\n  brokers: [\"{}\"]\n", node.bootstrap()),
+                );
+                let hub = hub(folder.path());
+                connected(&hub).await;
+                node.kill().await;
+                let hub = fill(hub, folder.path(), count, bytes).await;
+                node.restart().await;
+                let all = drain(&hub, count, bytes).await;
+                judge(all, read_topic(node.bootstrap(), all));
+            }
+            "rabbitmq" => {
+                let mut node = need!(Rabbit::start(RabbitVersion::V4).await);
+                let folder = tempfile::tempdir().unwrap();
+                configure(
+                    folder.path(),
+                    "task",
+                    &format!("rabbitmq:\n  url: {}\n", node.url()),
+                );
+                let hub = hub(folder.path());
+                connected(&hub).await;
+                node.kill().await;
+                let hub = fill(hub, folder.path(), count, bytes).await;
+                node.restart().await;
+                let all = drain(&hub, count, bytes).await;
+                judge(all, read_queue(node.url(), all).await);
+            }
+            other => panic!("LARGE_SPOOL: {other} is neither kafka nor rabbitmq"),
+        }
+    }
+}
+
+fn configure(folder: &Path, kind: &str, broker: &str) {
+    let text = format!(
+        "{broker}hub:
+  routes:
+    - {{pattern: \"{TOPIC}\", kind: {kind}, during_outage: hold}}
+  spool: {{max_messages: 20000000, max_bytes: 64000000000, wait: 60s, drain_rate: 0}}
+topology:
+  defaults: false
+  topics:
+    - {{name: {TOPIC}, options: {{partitions: {PARTITIONS}}}}}
+    - {{name: helixagent.dlq.events, options: {{partitions: 1}}}}
+  exchanges:
+    - {{name: helixagent.retry, kind: topic}}
+  queues:
+    - {{name: helixagent.dlq}}
+    - name: helixagent.retry
+      bindings: [{{exchange: helixagent.retry, routing_key: \"#\"}}]
+      options: {{message_ttl_ms: 60000, dead_letter_exchange: \"\", dead_letter_strategy: at-least-once, overflow: reject-publish}}
+"
+    );
+    let text = match kind {
+        "task" => {
+            text.replace(
+                &format!("    - {{name: {TOPIC}, options: {{partitions: {PARTITIONS}}}}}\n"),
+                "",
+            ) + &format!("    - {{name: {TOPIC}}}\n")
+        }
+        _ => text,
+    };
+    std::fs::write(folder.join("hub.yaml"), text).unwrap();
+}
+
+fn hub(folder: &Path) -> Hub {
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    Hub::start_with(
+        &["--config", &path("hub.yaml"), "--data", &path("data")],
+        &[("RUST_LOG", "warn")],
+    )
+}
+
+async fn connected(hub: &Hub) {
+    wait::until(LIMIT, "the hub is connected", async || {
+        let state = state(hub).await;
+        let mut brokers = state["brokers"].as_array().unwrap().iter();
+        brokers.any(|b| b["type"] != "inmemory" && b["connected"] == true)
+    })
+    .await;
+}
+
+/// Fills the spool while the broker is away, and hands over to the next process,
+/// which finds it on the disk.
+async fn fill(hub: Hub, folder: &Path, count: u64, bytes: usize) -> Hub {
+    let began = Instant::now();
+    let mut from = 0;
+    while from < count {
+        let to = count.min(from + REQUEST);
+        publish(&hub, from, to, bytes).await;
+        from = to;
+    }
+    let took = began.elapsed();
+    println!(
+        "  {count} messages of {bytes} bytes spooled in {:.0} s, {:.0} a second; peak memory {} MiB",
+        took.as_secs_f64(),
+        count as f64 / took.as_secs_f64(),
+        peak(&hub)
+    );
+    drop(hub);
+    let began = Instant::now();
+    let hub = self::hub(folder);
+    let found = spooled(&hub).await;
+    println!(
+        "  taken up by the next process in {:.1} s",
+        began.elapsed().as_secs_f64()
+    );
+    assert_eq!(found, count, "of what was answered `durable: true`");
+    hub
+}
+
+/// Until the spool is empty, publishing all the while; how many there are now.
+async fn drain(hub: &Hub, count: u64, bytes: usize) -> u64 {
+    let began = Instant::now();
+    let mut all = count;
+    let mut first = None;
+    loop {
+        publish(hub, all, all + TRICKLE, bytes).await;
+        all += TRICKLE;
+        let left = spooled(hub).await;
+        if left < count && first.is_none() {
+            first = Some(began.elapsed());
+        }
+        if left == 0 {
+            break;
+        }
+        assert!(began.elapsed() < DRAINING, "{left} are left");
+    }
+    let (took, memory) = (began.elapsed(), peak(hub));
+    println!(
+        "  drained in {:.0} s, {:.0} a second, while {} more were published; peak memory {memory} MiB",
+        took.as_secs_f64(),
+        all as f64 / took.as_secs_f64(),
+        all - count
+    );
+    assert!(memory < MEMORY, "{memory} MiB, {MEMORY} are allowed");
+    all
+}
+
+async fn publish(hub: &Hub, from: u64, to: u64, bytes: usize) {
+    let mut lines = String::new();
+    for n in from..to {
+        let payload = BASE64_STANDARD.encode(format!("{n:0bytes$}"));
+        lines += &format!("{{\"type\":\"large\",\"key\":\"key-{n}\",\"payload\":\"{payload}\"}}\n");
+    }
+    let response = Client::new()
+        .post(hub.at(&format!("/v1/topics/{TOPIC}/messages")))
+        .header("content-type", "application/x-ndjson")
+        .body(lines)
+        .send()
+        .await
+        .unwrap();
+    let text = response.text().await.unwrap();
+    let good = |line: &&str| {
+        line.contains("\"delivered\"")
+            || line.contains("\"spooled\"") && line.contains("\"durable\":true")
+    };
+    let accepted = text.lines().filter(good).count() as u64;
+    let other = text.lines().find(|line| !good(line));
+    assert_eq!(accepted, to - from, "{other:?}");
+}
+
+async fn state(hub: &Hub) -> Value {
+    let answer = Client::new().get(hub.at("/v1/state")).send().await.unwrap();
+    answer.json().await.unwrap()
+}
+
+async fn spooled(hub: &Hub) -> u64 {
+    let state = state(hub).await;
+    let routes = state["routes"].as_array().unwrap();
+    let messages = routes
+        .iter()
+        .filter_map(|r| r["spool"]["messages"].as_u64());
+    messages.sum()
+}
+
+/// The most memory that the process ever had, in MiB.
+fn peak(hub: &Hub) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", hub.pid())).unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kib / 1024
+}
+
+/// How often each message arrived.
+struct Seen(Vec<u8>);
+
+impl Seen {
+    fn note(&mut self, payload: &[u8]) {
+        let n: usize = std::str::from_utf8(payload).unwrap().parse().unwrap();
+        let seen = self
+            .0
+            .get_mut(n)
+            .expect("nothing comes that was not published");
+        *seen = seen.saturating_add(1);
+    }
+
+    fn missing(&self) -> usize {
+        self.0.iter().filter(|n| **n == 0).count()
+    }
+}
+
+fn judge(all: u64, seen: Seen) {
+    let repeats: u64 = seen.0.iter().map(|n| u64::from(n.saturating_sub(1))).sum();
+    println!(
+        "  {all} published, lost {}, repeated {repeats}",
+        seen.missing()
+    );
+    assert_eq!(seen.missing(), 0, "lost");
+}
+
+fn read_topic(bootstrap: &str, all: u64) -> Seen {
+    let mut seen = Seen(vec![0; usize::try_from(all).unwrap()]);
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", bootstrap)
+        .set("group.id", "judge")
+        .set("auto.offset.reset", "earliest")
+        .set("enable.partition.eof", "true")
+        .create()
+        .unwrap();
+    consumer.subscribe(&[TOPIC]).unwrap();
+    let mut ends = std::collections::HashSet::new();
+    while ends.len() < PARTITIONS {
+        match consumer.poll(LIMIT) {
+            Some(Ok(message)) => seen.note(message.payload().unwrap_or_default()),
+            Some(Err(rdkafka::error::KafkaError::PartitionEOF(partition))) => {
+                ends.insert(partition);
+            }
+            Some(Err(error)) => println!("  reading: {error}"),
+            None => panic!("nothing came in {LIMIT:?}; {} are missing", seen.missing()),
+        }
+    }
+    seen
+}
+
+async fn read_queue(url: &str, all: u64) -> Seen {
+    let mut seen = Seen(vec![0; usize::try_from(all).unwrap()]);
+    let connection = lapin::Connection::connect(url, lapin::ConnectionProperties::default())
+        .await
+        .unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let options = lapin::options::BasicConsumeOptions {
+        no_ack: true,
+        ..Default::default()
+    };
+    let table = lapin::types::FieldTable::default();
+    let mut consumer = channel
+        .basic_consume(TOPIC.into(), "judge".into(), options, table)
+        .await
+        .unwrap();
+    let mut read = 0;
+    loop {
+        // Repeats may follow the last distinct one.
+        let limit = if read < all { LIMIT } else { SILENCE };
+        match tokio::time::timeout(limit, consumer.next()).await {
+            Ok(Some(delivery)) => {
+                seen.note(&delivery.unwrap().data);
+                read += 1;
+            }
+            _ => return seen,
+        }
+    }
+}
+
+const TOPIC: &str = "helixagent.large";
+const PARTITIONS: usize = 3;
+/// Messages of one request.
+const REQUEST: u64 = 20_000;
+/// Messages of a request while it drains.
+const TRICKLE: u64 = 500;
+/// MiB.
+const MEMORY: u64 = 256;
+const LIMIT: Duration = Duration::from_secs(60);
+const SILENCE: Duration = Duration::from_secs(3);
+const DRAINING: Duration = Duration::from_secs(1_200);
