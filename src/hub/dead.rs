@@ -2,9 +2,19 @@
 //! refused while it was drained. They go to the embedded broker's dead-letter
 //! queue, by one task, in order.
 
-use std::sync::Arc;
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
 
-use tokio::{sync::mpsc, task::JoinHandle};
+use futures_util::future::join_all;
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinHandle,
+};
 
 use super::lane::keeper::Release;
 use crate::{
@@ -23,44 +33,63 @@ struct Letter {
 
 /// Takes dead letters from the lanes. Clones feed the same task.
 #[derive(Clone)]
-pub(crate) struct DeadLetters(mpsc::UnboundedSender<Letter>);
+pub(crate) struct DeadLetters {
+    letters: mpsc::UnboundedSender<Letter>,
+    waiting: Arc<Waiting>,
+}
+
+/// How many letters are on their way.
+#[derive(Default)]
+struct Waiting {
+    count: AtomicUsize,
+    fewer: Notify,
+}
+
+/// Letters that are written at a time, with one sync for all.
+const TURN: usize = 256;
+
+/// With so many on their way no lane reads more of its spool: a long spool may
+/// have expired as a whole. What a lane has in memory may still come on top.
+const ENOUGH: usize = 4_096;
 
 impl DeadLetters {
     /// Starts the task; it ends when every clone is gone.
     pub(crate) fn start(broker: Arc<dyn MessageBroker>) -> (Self, JoinHandle<()>) {
-        // No bound of its own: only spooled messages come here, each once, so
-        // the spool's budget is the bound.
-        let (tx, mut rx) = mpsc::unbounded_channel::<Letter>();
+        // Lanes hand over without waiting; `room` holds them back before they
+        // come to have more.
+        let (letters, mut rx) = mpsc::unbounded_channel::<Letter>();
+        let waiting = Arc::new(Waiting::default());
+        let done = waiting.clone();
         let task = tokio::spawn(async move {
-            while let Some(letter) = rx.recv().await {
-                let reason = letter.failure.reason.clone();
-                let id = letter.message.id.clone();
-                let topic = letter.topic.clone();
-                let done = match broker.task_queue() {
-                    Some(queues) => {
-                        queues
-                            .dead_letter(&letter.topic, letter.message, letter.failure)
-                            .await
-                    }
-                    None => Err(crate::Error::new(
-                        crate::ErrorCode::DeadLetterFailed,
-                        "the fallback keeps no queues, and so no dead letters",
-                    )),
-                };
-                match done {
-                    Ok(()) => {
-                        if let Some(Err(error)) = letter.release.map(Release::done) {
-                            tracing::error!(%topic, %id, %error, "the spool still keeps a dead letter");
-                        }
-                        tracing::warn!(%topic, %id, reason, "a spooled message went to the hub's dead letters");
-                    }
-                    Err(error) => {
-                        tracing::error!(%topic, %id, reason, %error, "a dead letter could not be kept");
-                    }
-                }
+            let mut turn = Vec::with_capacity(TURN);
+            while rx.recv_many(&mut turn, TURN).await > 0 {
+                let count = turn.len();
+                join_all(turn.drain(..).map(|letter| keep(&*broker, letter))).await;
+                done.count.fetch_sub(count, Relaxed);
+                done.fewer.notify_waiters();
             }
         });
-        (Self(tx), task)
+        (Self { letters, waiting }, task)
+    }
+
+    /// Waits while many letters are on their way.
+    ///
+    /// Cancel safe.
+    pub(crate) async fn room(&self) {
+        loop {
+            // Listening begins before the look, or the last one that is written
+            // in between would be told to nobody.
+            let mut fewer = pin!(self.waiting.fewer.notified());
+            fewer.as_mut().enable();
+            if self.waiting.count.load(Relaxed) < ENOUGH {
+                return;
+            }
+            tokio::select! {
+                () = fewer => {}
+                // Nobody writes any more.
+                () = self.letters.closed() => return,
+            }
+        }
     }
 
     pub(crate) fn bury(
@@ -76,8 +105,38 @@ impl DeadLetters {
             failure,
             release,
         };
-        if let Err(mpsc::error::SendError(letter)) = self.0.send(letter) {
+        self.waiting.count.fetch_add(1, Relaxed);
+        if let Err(mpsc::error::SendError(letter)) = self.letters.send(letter) {
+            self.waiting.count.fetch_sub(1, Relaxed);
             tracing::error!(topic = %letter.topic, id = %letter.message.id, "the dead-letter task is gone");
+        }
+    }
+}
+
+async fn keep(broker: &dyn MessageBroker, letter: Letter) {
+    let Letter {
+        topic,
+        message,
+        failure,
+        release,
+    } = letter;
+    let (id, reason) = (message.id.clone(), failure.reason.clone());
+    let kept = match broker.task_queue() {
+        Some(queues) => queues.dead_letter(&topic, message, failure).await,
+        None => Err(crate::Error::new(
+            crate::ErrorCode::DeadLetterFailed,
+            "the fallback keeps no queues, and so no dead letters",
+        )),
+    };
+    match kept {
+        Ok(()) => {
+            if let Some(Err(error)) = release.map(Release::done) {
+                tracing::error!(%topic, %id, %error, "the spool still keeps a dead letter");
+            }
+            tracing::warn!(%topic, %id, reason, "a spooled message went to the hub's dead letters");
+        }
+        Err(error) => {
+            tracing::error!(%topic, %id, reason, %error, "a dead letter could not be kept");
         }
     }
 }
