@@ -10,7 +10,7 @@ use super::{
     lock,
 };
 use crate::{
-    broker::Receipt,
+    broker::{Outcome, Receipt},
     config::WindowSettings,
     error::{Error, ErrorCode, Result},
     message::{MessageId, Timestamp},
@@ -22,7 +22,8 @@ type Joiner = oneshot::Sender<Result<Receipt>>;
 /// The window of accepted ids.
 #[derive(Debug)]
 pub(crate) struct Accepted {
-    window: Mutex<IntakeWindow<Receipt, Joiner>>,
+    /// Outcomes without their ids: a million receipts would hold a million texts.
+    window: Mutex<IntakeWindow<Outcome, Joiner>>,
 }
 
 /// What to do with a publish.
@@ -59,7 +60,10 @@ impl Accepted {
         Ok(
             match window.offer(Timestamp::now(), topic, id, Origin::Caller) {
                 Intake::Bypass => Offer::Fresh(None),
-                Intake::Done(receipt) => Offer::Done(receipt),
+                Intake::Done(outcome) => Offer::Done(Receipt {
+                    id: id.clone(),
+                    outcome,
+                }),
                 Intake::Fresh(ticket) => Offer::Fresh(Some(Seen {
                     accepted: self.clone(),
                     ticket: Some(ticket),
@@ -92,7 +96,7 @@ impl Seen {
     /// Tells the window, and whoever joined, what became of the publish.
     pub(crate) fn settle(mut self, result: &Result<Receipt>) {
         if let Some(ticket) = self.ticket.take() {
-            let outcome = result.as_ref().ok().cloned();
+            let outcome = result.as_ref().ok().map(|r| r.outcome.clone());
             let joined = lock(&self.accepted.window).finish(Timestamp::now(), ticket, outcome);
             for joiner in joined {
                 // Whoever dropped the future abandoned the answer.

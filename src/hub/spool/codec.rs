@@ -44,6 +44,8 @@ pub(crate) struct Kept {
     pub(crate) seq: Seq,
     /// Its `size` is not known yet.
     pub(crate) entry: Entry,
+    /// The hub made its id, so nobody can bring it a second time.
+    pub(crate) generated: bool,
 }
 
 /// Everything but the payload. Names are short: each message carries them.
@@ -64,6 +66,9 @@ struct Description {
     settled: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     failure: Option<KeptFailure>,
+    /// The hub made the id.
+    #[serde(default, skip_serializing_if = "is_false")]
+    generated: bool,
     /// With an empty payload.
     message: Message,
 }
@@ -105,6 +110,7 @@ pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> 
             last: f.last.as_millis(),
             topic: f.original_topic.clone(),
         }),
+        generated: message.id.is_generated(),
         message,
     };
     let json = serde_json::to_vec(&description).map_err(|e| {
@@ -183,6 +189,7 @@ pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
             size: 0,
             due: found.due.map(Timestamp::from_millis),
         },
+        generated: found.generated,
     })
 }
 
@@ -259,6 +266,21 @@ mod tests {
             assert_eq!(kept.entry.marks, entry.marks);
             assert_eq!(kept.entry.since, entry.since);
             assert_eq!(kept.entry.due, entry.due);
+        }
+    }
+
+    #[test]
+    fn an_id_that_the_hub_made_is_told_from_one_that_was_brought() {
+        let brought = MessageId::new("brought").unwrap();
+        for (message, generated) in [
+            (Message::new("k", "x"), true),
+            (Message::new("k", "x").with_id(brought), false),
+        ] {
+            let kept = decode(&encode(&lane(), 1, &entry(message)).unwrap()).unwrap();
+            assert_eq!(kept.generated, generated);
+            // From here on it is an id like any other: its copy at the primary
+            // must be recognised.
+            assert!(!kept.entry.message.id.is_generated());
         }
     }
 

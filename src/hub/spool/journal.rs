@@ -107,7 +107,7 @@ impl SpoolLog {
 
 fn note(left: &mut Left, id: KeptId, kept: codec::Kept, wanted: Wanted) {
     let message = &kept.entry.message;
-    if kept.entry.since >= wanted.since && wanted.ids > 0 {
+    if !kept.generated && kept.entry.since >= wanted.since && wanted.ids > 0 {
         if left.ids.len() == wanted.ids {
             left.ids.pop_front();
         }
