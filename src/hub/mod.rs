@@ -121,6 +121,14 @@ struct Inner {
     fallback_usages: Arc<AtomicU64>,
 }
 
+impl Drop for Inner {
+    /// A hub that is dropped without being closed ends its tasks all the same:
+    /// lanes finish what is in flight and let go of the spool.
+    fn drop(&mut self) {
+        self.closing.cancel();
+    }
+}
+
 /// The brokers that were plugged in.
 #[derive(Clone, Default)]
 struct Brokers {
@@ -237,9 +245,11 @@ impl MessagingHub {
         drop(brokers);
         // What was resolved before may belong to another broker now.
         lock(&self.0.topics).clear();
+        // From here on no lane is made for what was resolved before; those that
+        // were are swept below.
+        self.0.epoch.fetch_add(1, Release);
         // Lanes to a broker that was replaced end once what they hold is moved.
         lock(&self.0.lanes).clear();
-        self.0.epoch.fetch_add(1, Release);
         self.watch_health();
     }
 

@@ -44,6 +44,8 @@ pub(super) struct TopicEntry {
     lanes: OnceCell<u32>,
     /// Kafka keeps the last message of each key, so each must have one.
     keyed_only: bool,
+    /// Which brokers were plugged in when it was resolved.
+    epoch: u64,
 }
 
 /// What a publisher found when it published last, so that it need not look
@@ -342,6 +344,8 @@ impl MessagingHub {
             message: Arc::new(message),
         };
         // Mostly the lane is known and has room.
+        // A publisher in a loop still lets others run.
+        tokio::task::coop::consume_budget().await;
         let item = match found.and_then(|f| f.lane(epoch, lane)) {
             Some(handle) => match handle.intake.try_send(item) {
                 Ok(()) => return Ok(Pending(State::Waiting(rx))),
@@ -374,7 +378,11 @@ impl MessagingHub {
         name: &LaneName,
     ) -> Result<(Arc<LaneHandle>, mpsc::OwnedPermit<Item>)> {
         loop {
-            let handle = self.lane(entry, name)?;
+            let Some(handle) = self.lane(entry, name)? else {
+                // Brokers were plugged in meanwhile: the topic may be another's.
+                let entry = self.entry(&entry.topic)?;
+                return Box::pin(self.room(&entry, name)).await;
+            };
             if let Ok(permit) = handle.intake.clone().reserve_owned().await {
                 return Ok((handle, permit));
             }
@@ -387,7 +395,12 @@ impl MessagingHub {
 
     /// The resolved form of a topic.
     pub(super) fn entry(&self, topic: &Topic) -> Result<Arc<TopicEntry>> {
-        if let Some(entry) = lock(&self.0.topics).get(topic.as_str()) {
+        // Before the routes: what is plugged in between makes this outdated, and
+        // what was kept just before the list was cleared too.
+        let epoch = self.0.epoch.load(Acquire);
+        if let Some(entry) = lock(&self.0.topics).get(topic.as_str())
+            && entry.epoch == epoch
+        {
             return Ok(entry.clone());
         }
         let route = lock(&self.0.routes)
@@ -407,6 +420,7 @@ impl MessagingHub {
             broker,
             lanes: OnceCell::new(),
             keyed_only,
+            epoch,
         });
         let mut topics = lock(&self.0.topics);
         if topics.len() < MAX_TOPICS {
@@ -437,10 +451,14 @@ impl MessagingHub {
             .await
     }
 
-    fn lane(&self, entry: &TopicEntry, name: &LaneName) -> Result<Arc<LaneHandle>> {
+    /// None: the entry is no longer how the topic is resolved.
+    fn lane(&self, entry: &TopicEntry, name: &LaneName) -> Result<Option<Arc<LaneHandle>>> {
         let mut lanes = lock(&self.0.lanes);
+        if entry.epoch != self.0.epoch.load(Acquire) {
+            return Ok(None);
+        }
         if let Some(handle) = lanes.get(name) {
-            return Ok(handle.clone());
+            return Ok(Some(handle.clone()));
         }
         self.check_open()?;
         if lanes.len() >= MAX_LANES {
@@ -455,7 +473,7 @@ impl MessagingHub {
         }
         let handle = Arc::new(task::spawn(self.parts(entry, name, None)));
         lanes.insert(name.clone(), handle.clone());
-        Ok(handle)
+        Ok(Some(handle))
     }
 
     /// Starts a lane with what an earlier process left in its spool.

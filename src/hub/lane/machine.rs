@@ -359,6 +359,8 @@ impl<W> Machine<W> {
     /// A kept message cannot be read back, and never will be.
     pub(crate) fn unreadable(&mut self, seq: Seq) {
         self.spool.drop_unreadable(seq);
+        // How large it was went with it.
+        self.release(0);
     }
 
     /// The broker is not there at all, as far as is known.
@@ -879,6 +881,8 @@ impl<W> Machine<W> {
         }
         let mut batch = Vec::new();
         self.drain(now, &mut batch);
+        // What it buried makes room for what waits.
+        self.give_room_back();
         // After the drain: it may have buried all that was here, and with
         // nothing in flight nothing else would ever ask for the rest.
         self.want_load();

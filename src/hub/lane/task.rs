@@ -341,7 +341,7 @@ impl Task {
             let starved = self.feed_readers();
             self.act();
             self.status.show(&self.machine);
-            if !open_intake && self.may_end() {
+            if !open_intake && self.may_end(closing) {
                 break;
             }
             let look_again = starved.then(|| now().at + READER_PAUSE);
@@ -429,6 +429,7 @@ impl Task {
                         // branch would be ready for ever.
                         self.machine.open_failed(now(), &gone());
                         if self.confirmations.is_none() && self.opening.is_none() {
+                            self.act();
                             break;
                         }
                     }
@@ -437,12 +438,8 @@ impl Task {
                     let list = registry.borrow_and_update().clone();
                     self.pick_readers(&list);
                 }
-                n = items.recv_many(&mut batch, TURN), if wants_intake => {
-                    if n == 0 {
-                        open_intake = false;
-                    }
-                    self.machine.publish(now(), batch.drain(..));
-                }
+                // Before intake: a publisher that never pauses must not keep a
+                // lane from asking for its broker again, or from giving up on it.
                 () = half_opened(&health), if reopen.is_some() => {
                     reopen = None;
                     if connection.borrow().connected {
@@ -464,6 +461,13 @@ impl Task {
                         self.answer(now.at, waiter, Ok(outcome));
                     }
                     self.machine.tick(now);
+                }
+                n = items.recv_many(&mut batch, TURN), if wants_intake => {
+                    if n == 0 {
+                        open_intake = false;
+                    } else {
+                        self.machine.publish(now(), batch.drain(..));
+                    }
                 }
                 () = self.parts.closing.cancelled(), if !closing => {
                     closing = true;
@@ -602,8 +606,12 @@ impl Task {
             return;
         };
         let pause = std::mem::take(&mut self.load_pause);
+        let dead = self.parts.dead.clone();
         self.loading = Some(Box::pin(async move {
             tokio::time::sleep(pause).await;
+            if let Some(dead) = dead {
+                dead.room().await;
+            }
             tokio::task::spawn_blocking(move || loader.load())
                 .await
                 .unwrap_or_else(|e| {
@@ -814,13 +822,15 @@ impl Task {
         }
     }
 
-    /// Closing ends when nothing more will happen by itself: no outcome is due
-    /// and no drain goes on.
-    fn may_end(&self) -> bool {
+    /// Ends when nothing more will happen by itself: no outcome is due and no
+    /// drain goes on. A lane whose broker was replaced goes on until its spool is
+    /// empty; only a hub that closes leaves one behind.
+    fn may_end(&self, closing: bool) -> bool {
         self.machine.is_quiet()
             && self.keeper.is_quiet()
             && self.leases.is_empty()
             && !self.machine.is_draining()
+            && (closing || self.machine.spool().is_empty())
     }
 }
 

@@ -43,6 +43,13 @@ enum Stage<W> {
     Answered,
 }
 
+/// Answered ones that may stand behind one without an answer, beside as many as
+/// have none: more are taken out, or a single lost answer would keep them all.
+const KEPT: usize = 64;
+
+/// Room that an empty queue keeps: a window that was full once is given back.
+const ROOMY: usize = 2_048;
+
 pub(super) struct Flights<W> {
     /// New messages, by number and so by the time when they were written.
     /// Neither the first nor the last is `Answered`.
@@ -135,6 +142,10 @@ impl<W> Flights<W> {
             Stage::Answered => return None,
         };
         self.answered += 1;
+        if self.answered > self.new.len() / 2 + KEPT {
+            self.new.retain(|s| !matches!(s.stage, Stage::Answered));
+            self.answered = 0;
+        }
         self.trim();
         Some(Flight { written, fresh })
     }
@@ -150,6 +161,9 @@ impl<W> Flights<W> {
         while gone(self.new.back()) {
             self.new.pop_back();
             self.answered -= 1;
+        }
+        if self.new.is_empty() && self.new.capacity() > ROOMY {
+            self.new = VecDeque::new();
         }
     }
 
