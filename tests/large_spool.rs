@@ -53,7 +53,10 @@ async fn a_spool_larger_than_memory_is_drained_while_publishing_goes_on() {
                 );
                 let hub = hub(folder.path());
                 connected(&hub).await;
-                node.kill().await;
+                // In good order: a quorum queue whose broker is killed soon after
+                // it was made may never take anything again, from any client.
+                publish(&hub, 0, 1, bytes).await;
+                node.stop().await;
                 let hub = fill(hub, folder.path(), count, bytes).await;
                 node.restart().await;
                 let all = drain(&hub, count, bytes).await;
@@ -69,7 +72,10 @@ async fn a_spool_larger_than_memory_is_drained_while_publishing_goes_on() {
                 );
                 let hub = hub(folder.path());
                 connected(&hub).await;
-                node.kill().await;
+                // In good order: a quorum queue whose broker is killed soon after
+                // it was made may never take anything again, from any client.
+                publish(&hub, 0, 1, bytes).await;
+                node.stop().await;
                 let hub = fill(hub, folder.path(), count, bytes).await;
                 node.restart().await;
                 let all = drain(&hub, count, bytes).await;
@@ -133,7 +139,7 @@ async fn connected(hub: &Hub) {
 /// which finds it on the disk.
 async fn fill(hub: Hub, folder: &Path, count: u64, bytes: usize) -> Hub {
     let began = Instant::now();
-    let mut from = 0;
+    let mut from = 1;
     while from < count {
         let to = count.min(from + REQUEST);
         publish(&hub, from, to, bytes).await;
@@ -154,7 +160,7 @@ async fn fill(hub: Hub, folder: &Path, count: u64, bytes: usize) -> Hub {
         "  taken up by the next process in {:.1} s",
         began.elapsed().as_secs_f64()
     );
-    assert_eq!(found, count, "of what was answered `durable: true`");
+    assert_eq!(found, count - 1, "of what was answered `durable: true`");
     hub
 }
 
@@ -163,7 +169,9 @@ async fn drain(hub: &Hub, count: u64, bytes: usize) -> u64 {
     let began = Instant::now();
     let mut all = count;
     let mut first = None;
+    let mut pace = tokio::time::interval(PACE);
     loop {
+        pace.tick().await;
         publish(hub, all, all + TRICKLE, bytes).await;
         all += TRICKLE;
         let left = spooled(hub).await;
@@ -174,6 +182,7 @@ async fn drain(hub: &Hub, count: u64, bytes: usize) -> u64 {
             break;
         }
         assert!(began.elapsed() < DRAINING, "{left} are left");
+        assert!(left < 2 * count, "{left}: it fills and does not drain");
     }
     let (took, memory) = (began.elapsed(), peak(hub));
     println!(
@@ -317,6 +326,8 @@ const PARTITIONS: usize = 3;
 const REQUEST: u64 = 20_000;
 /// Messages of a request while it drains.
 const TRICKLE: u64 = 500;
+/// Between two of them.
+const PACE: Duration = Duration::from_millis(50);
 /// MiB.
 const MEMORY: u64 = 256;
 const LIMIT: Duration = Duration::from_secs(60);
