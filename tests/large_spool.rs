@@ -168,18 +168,23 @@ async fn fill(hub: Hub, folder: &Path, count: u64, bytes: usize) -> Hub {
 async fn drain(hub: &Hub, count: u64, bytes: usize) -> u64 {
     let began = Instant::now();
     let mut all = count;
-    let mut first = None;
+    let mut told = began;
     let mut pace = tokio::time::interval(PACE);
     loop {
         pace.tick().await;
         publish(hub, all, all + TRICKLE, bytes).await;
         all += TRICKLE;
         let left = spooled(hub).await;
-        if left < count && first.is_none() {
-            first = Some(began.elapsed());
-        }
         if left == 0 {
             break;
+        }
+        if told.elapsed() >= TELL {
+            println!(
+                "  {left} left after {:.0} s, peak memory {} MiB",
+                began.elapsed().as_secs_f64(),
+                peak(hub)
+            );
+            told = Instant::now();
         }
         assert!(began.elapsed() < DRAINING, "{left} are left");
         assert!(left < 2 * count, "{left}: it fills and does not drain");
@@ -326,6 +331,8 @@ const PARTITIONS: usize = 3;
 const REQUEST: u64 = 20_000;
 /// Messages of a request while it drains.
 const TRICKLE: u64 = 500;
+/// Between two words about a long drain.
+const TELL: Duration = Duration::from_secs(20);
 /// Between two of them.
 const PACE: Duration = Duration::from_millis(50);
 /// MiB.
