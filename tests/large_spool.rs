@@ -53,8 +53,8 @@ async fn a_spool_larger_than_memory_is_drained_while_publishing_goes_on() {
                 );
                 let hub = hub(folder.path());
                 connected(&hub).await;
-                // In good order: a quorum queue whose broker is killed soon after
-                // it was made may never take anything again, from any client.
+                // In good order: after a kill a quorum queue as young as this one
+                // was seen to take nothing any more, from any client.
                 publish(&hub, 0, 1, bytes).await;
                 node.stop().await;
                 let hub = fill(hub, folder.path(), count, bytes).await;
@@ -72,8 +72,8 @@ async fn a_spool_larger_than_memory_is_drained_while_publishing_goes_on() {
                 );
                 let hub = hub(folder.path());
                 connected(&hub).await;
-                // In good order: a quorum queue whose broker is killed soon after
-                // it was made may never take anything again, from any client.
+                // In good order: after a kill a quorum queue as young as this one
+                // was seen to take nothing any more, from any client.
                 publish(&hub, 0, 1, bytes).await;
                 node.stop().await;
                 let hub = fill(hub, folder.path(), count, bytes).await;

@@ -318,8 +318,7 @@ fn deliver(bootstrap: &str, topic: &str, over: &AtomicBool) -> Option<Instant> {
         .set("reconnect.backoff.ms", "50")
         .set("reconnect.backoff.max.ms", "200")
         .set("linger.ms", "0")
-        // As the hub writes: a producer that is idempotent asks for its number
-        // first, which a broker that has just started is slow to give.
+        // As the hub writes: an idempotent producer asks for its number first.
         .set("enable.idempotence", "true")
         .create_with_context(First(std::sync::Mutex::new(None)))
         .unwrap();
