@@ -17,6 +17,7 @@ mod consume;
 mod controls;
 mod dead;
 mod dedup;
+mod found;
 mod group;
 mod handover;
 mod health;

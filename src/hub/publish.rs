@@ -4,7 +4,7 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     sync::{
-        Arc, Mutex, Weak,
+        Arc,
         atomic::Ordering::{Acquire, Relaxed},
     },
 };
@@ -18,6 +18,7 @@ use tokio::sync::{
 use super::{
     MessagingHub,
     accepted::Offer,
+    found::Found,
     is_local,
     lane::{
         machine::Settings,
@@ -46,65 +47,6 @@ pub(super) struct TopicEntry {
     keyed_only: bool,
     /// Which brokers were plugged in when it was resolved.
     epoch: u64,
-}
-
-/// What a publisher found when it published last, so that it need not look
-/// again: its topic, resolved, and the lanes it has used.
-#[derive(Default)]
-pub(super) struct Found(Mutex<Option<FoundAt>>);
-
-struct FoundAt {
-    /// Which brokers were plugged in then.
-    epoch: u64,
-    entry: Arc<TopicEntry>,
-    /// By lane number. Weak: a lane ends when the hub lets go of it.
-    lanes: Vec<Weak<LaneHandle>>,
-}
-
-/// Lanes that a publisher remembers; those of higher numbers are looked up.
-const LANES_FOUND: u32 = 1024;
-
-impl Found {
-    fn entry(&self, epoch: u64) -> Option<Arc<TopicEntry>> {
-        let found = lock(&self.0);
-        let found = found.as_ref().filter(|f| f.epoch == epoch)?;
-        Some(found.entry.clone())
-    }
-
-    fn keep_entry(&self, epoch: u64, entry: &Arc<TopicEntry>) {
-        *lock(&self.0) = Some(FoundAt {
-            epoch,
-            entry: entry.clone(),
-            lanes: Vec::new(),
-        });
-    }
-
-    fn lane(&self, epoch: u64, lane: u32) -> Option<Arc<LaneHandle>> {
-        let found = lock(&self.0);
-        let found = found.as_ref().filter(|f| f.epoch == epoch)?;
-        found.lanes.get(lane as usize)?.upgrade()
-    }
-
-    fn keep_lane(&self, epoch: u64, lane: u32, handle: &Arc<LaneHandle>) {
-        let mut found = lock(&self.0);
-        if lane < LANES_FOUND
-            && let Some(found) = found.as_mut().filter(|f| f.epoch == epoch)
-        {
-            let lane = lane as usize;
-            if found.lanes.len() <= lane {
-                found.lanes.resize_with(lane + 1, Weak::new);
-            }
-            if let Some(place) = found.lanes.get_mut(lane) {
-                *place = Arc::downgrade(handle);
-            }
-        }
-    }
-}
-
-impl std::fmt::Debug for Found {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Found").finish_non_exhaustive()
-    }
 }
 
 /// Lanes of a hub at most; each is a task and a channel at the broker.

@@ -9,7 +9,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{MessagingHub, publish::Found};
+use super::{MessagingHub, found::Found};
 use crate::{
     broker::{PublishOptions, Receipt},
     error::{Error, ErrorCode, Result},

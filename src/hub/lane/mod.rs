@@ -1,5 +1,6 @@
 //! Publishing lanes of the hub: [`machine`] decides, [`task`] does.
 
+mod alarm;
 pub(crate) mod ask;
 mod hedge;
 pub(crate) mod keeper;

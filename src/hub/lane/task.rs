@@ -23,6 +23,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    alarm::Alarm,
     ask::{self, ASKS_BOUND, Ask},
     keeper::{Keeper, Loaded, Progress},
     machine::{Action, Intake, Machine, Now, Settings},
@@ -889,38 +890,5 @@ async fn wait_for(room: Option<Pin<&mut Notified<'_>>>) {
     match room {
         Some(room) => room.await,
         None => std::future::pending().await,
-    }
-}
-
-/// A timer that is set again only for an earlier deadline. Most turns move the
-/// deadline a little later; ringing once too early costs less than telling the
-/// runtime each time.
-struct Alarm {
-    sleep: Pin<Box<tokio::time::Sleep>>,
-    /// Rings at the deadline of its sleep.
-    armed: bool,
-}
-
-impl Alarm {
-    fn new() -> Self {
-        Self {
-            sleep: Box::pin(tokio::time::sleep(Duration::ZERO)),
-            armed: false,
-        }
-    }
-
-    /// Ends at the deadline, or at an earlier one that was asked for before.
-    ///
-    /// Cancel safe.
-    async fn until(&mut self, deadline: Option<Instant>) {
-        let Some(deadline) = deadline.map(tokio::time::Instant::from_std) else {
-            return std::future::pending().await;
-        };
-        if !self.armed || deadline < self.sleep.deadline() {
-            self.sleep.as_mut().reset(deadline);
-            self.armed = true;
-        }
-        self.sleep.as_mut().await;
-        self.armed = false;
     }
 }
