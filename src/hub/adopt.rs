@@ -171,7 +171,7 @@ impl MessagingHub {
         let (answer, rx) = tokio::sync::oneshot::channel();
         let mut marks = entry.marks;
         marks.possible_duplicate = true;
-        let (_, permit) = self.room(&resolved, name).await?;
+        let (_, permit) = self.room(resolved, name).await?;
         permit.send(Item {
             order: entry.order,
             confirm: true,

@@ -14,8 +14,6 @@ use super::{lane::task::LaneHandle, lock, publish::TopicEntry};
 pub(super) struct Found(Mutex<Option<FoundAt>>);
 
 struct FoundAt {
-    /// Which brokers were plugged in then.
-    epoch: u64,
     entry: Arc<TopicEntry>,
     /// By lane number. Weak: a lane ends when the hub lets go of it.
     lanes: Vec<Weak<LaneHandle>>,
@@ -25,30 +23,31 @@ struct FoundAt {
 const LANES_FOUND: u32 = 1024;
 
 impl Found {
+    /// The topic, unless brokers were plugged in since it was resolved.
     pub(super) fn entry(&self, epoch: u64) -> Option<Arc<TopicEntry>> {
         let found = lock(&self.0);
-        let found = found.as_ref().filter(|f| f.epoch == epoch)?;
+        let found = found.as_ref().filter(|f| f.entry.epoch == epoch)?;
         Some(found.entry.clone())
     }
 
-    pub(super) fn keep_entry(&self, epoch: u64, entry: &Arc<TopicEntry>) {
+    pub(super) fn keep_entry(&self, entry: &Arc<TopicEntry>) {
         *lock(&self.0) = Some(FoundAt {
-            epoch,
             entry: entry.clone(),
             lanes: Vec::new(),
         });
     }
 
-    pub(super) fn lane(&self, epoch: u64, lane: u32) -> Option<Arc<LaneHandle>> {
+    /// A lane of the topic as it was resolved then.
+    pub(super) fn lane(&self, entry: &Arc<TopicEntry>, lane: u32) -> Option<Arc<LaneHandle>> {
         let found = lock(&self.0);
-        let found = found.as_ref().filter(|f| f.epoch == epoch)?;
+        let found = found.as_ref().filter(|f| Arc::ptr_eq(&f.entry, entry))?;
         found.lanes.get(lane as usize)?.upgrade()
     }
 
-    pub(super) fn keep_lane(&self, epoch: u64, lane: u32, handle: &Arc<LaneHandle>) {
+    pub(super) fn keep_lane(&self, entry: &Arc<TopicEntry>, lane: u32, handle: &Arc<LaneHandle>) {
         let mut found = lock(&self.0);
         if lane < LANES_FOUND
-            && let Some(found) = found.as_mut().filter(|f| f.epoch == epoch)
+            && let Some(found) = found.as_mut().filter(|f| Arc::ptr_eq(&f.entry, entry))
         {
             let lane = lane as usize;
             if found.lanes.len() <= lane {

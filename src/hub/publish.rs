@@ -46,7 +46,7 @@ pub(super) struct TopicEntry {
     /// Kafka keeps the last message of each key, so each must have one.
     keyed_only: bool,
     /// Which brokers were plugged in when it was resolved.
-    epoch: u64,
+    pub(super) epoch: u64,
 }
 
 /// Lanes of a hub at most; each is a task and a channel at the broker.
@@ -197,19 +197,7 @@ impl MessagingHub {
     ) -> Result<Pending> {
         let since = tokio::time::Instant::now().into_std();
         self.check_open()?;
-        // Read before anything is looked up: what is found while brokers are
-        // plugged in is then looked up again.
-        let epoch = self.0.epoch.load(Acquire);
-        let entry = match found.and_then(|f| f.entry(epoch)) {
-            Some(entry) => entry,
-            None => {
-                let entry = self.entry(topic)?;
-                if let Some(found) = found {
-                    found.keep_entry(epoch, &entry);
-                }
-                entry
-            }
-        };
+        let entry = self.entry_found(topic, found)?;
         apply(&mut message, options, topic, &self.0.topology)?;
         if message.max_retries == Message::DEFAULT_MAX_RETRIES {
             // A message that carries the default has said nothing.
@@ -285,10 +273,10 @@ impl MessagingHub {
             },
             message: Arc::new(message),
         };
-        // Mostly the lane is known and has room.
         // A publisher in a loop still lets others run.
         tokio::task::coop::consume_budget().await;
-        let item = match found.and_then(|f| f.lane(epoch, lane)) {
+        // Mostly the lane is known and has room.
+        let item = match found.and_then(|f| f.lane(&entry, lane)) {
             Some(handle) => match handle.intake.try_send(item) {
                 Ok(()) => return Ok(Pending(State::Waiting(rx))),
                 Err(TrySendError::Full(item) | TrySendError::Closed(item)) => item,
@@ -297,7 +285,7 @@ impl MessagingHub {
         };
         let until = tokio::time::Instant::from_std(since) + options.timeout;
         let name = lane_name(topic, lane, options);
-        let room = self.room(&entry, &name);
+        let room = self.room(entry.clone(), &name);
         let Ok(room) = tokio::time::timeout_at(until, room).await else {
             return Err(Error::new(
                 ErrorCode::Timeout,
@@ -308,7 +296,7 @@ impl MessagingHub {
         let (handle, permit) = room?;
         permit.send(item);
         if let Some(found) = found {
-            found.keep_lane(epoch, lane, &handle);
+            found.keep_lane(&entry, lane, &handle);
         }
         Ok(Pending(State::Waiting(rx)))
     }
@@ -316,14 +304,14 @@ impl MessagingHub {
     /// Waits for room in front of a lane.
     pub(super) async fn room(
         &self,
-        entry: &TopicEntry,
+        mut entry: Arc<TopicEntry>,
         name: &LaneName,
     ) -> Result<(Arc<LaneHandle>, mpsc::OwnedPermit<Item>)> {
         loop {
-            let Some(handle) = self.lane(entry, name)? else {
+            let Some(handle) = self.lane(&entry, name)? else {
                 // Brokers were plugged in meanwhile: the topic may be another's.
-                let entry = self.entry(&entry.topic)?;
-                return Box::pin(self.room(&entry, name)).await;
+                entry = self.entry(&name.topic)?;
+                continue;
             };
             if let Ok(permit) = handle.intake.clone().reserve_owned().await {
                 return Ok((handle, permit));
@@ -333,6 +321,19 @@ impl MessagingHub {
             self.check_open()?;
             lock(&self.0.lanes).retain(|_, h| !Arc::ptr_eq(h, &handle));
         }
+    }
+
+    /// The resolved form of a topic, from what its publisher remembers if that
+    /// still holds.
+    fn entry_found(&self, topic: &Topic, found: Option<&Found>) -> Result<Arc<TopicEntry>> {
+        if let Some(entry) = found.and_then(|f| f.entry(self.0.epoch.load(Acquire))) {
+            return Ok(entry);
+        }
+        let entry = self.entry(topic)?;
+        if let Some(found) = found {
+            found.keep_entry(&entry);
+        }
+        Ok(entry)
     }
 
     /// The resolved form of a topic.

@@ -136,7 +136,7 @@ impl Publisher {
         let told = tokio::select! {
             told = &mut outcome => told,
             () = dead.cancelled() => {
-                self.producers().retain(|_, p| !p.shared.dead.is_cancelled());
+                drop(self.living());
                 outcome.await
             }
         };
@@ -177,8 +177,7 @@ impl Publisher {
                 batch /= 2;
             }
         }
-        let mut producers = self.producers();
-        producers.retain(|_, p| !p.shared.dead.is_cancelled());
+        let mut producers = self.living();
         if let Some(producer) = producers.get(&(compression, batch)) {
             return Ok(Arc::clone(producer));
         }
@@ -278,6 +277,14 @@ impl Publisher {
         }
     }
 
+    /// The producers that live; the others are let go of, which purges them once
+    /// nobody else holds on to them.
+    fn living(&self) -> std::sync::MutexGuard<'_, HashMap<(Compression, usize), Arc<Producer>>> {
+        let mut producers = self.producers();
+        producers.retain(|_, p| !p.shared.dead.is_cancelled());
+        producers
+    }
+
     fn producers(&self) -> std::sync::MutexGuard<'_, HashMap<(Compression, usize), Arc<Producer>>> {
         // Nothing under this lock can stop half-way, so a poisoned map is whole.
         self.producers
@@ -325,9 +332,7 @@ impl Writer {
         if self.producer.shared.dead.is_cancelled() {
             // Lets go of the dead producer, so that it is purged and every
             // record it still holds is answered.
-            self.publisher
-                .producers()
-                .retain(|_, p| !p.shared.dead.is_cancelled());
+            drop(self.publisher.living());
         }
         // What was never written is said to be so; senders see the lane closed.
         port.submissions.close();

@@ -431,9 +431,7 @@ impl World {
         }
         let n = n.min(process.hogged);
         process.hogged -= n;
-        for _ in 0..n {
-            process.budget.give_back(1, 0);
-        }
+        process.budget.give_back(n, 0);
         self.look_for_room(p);
     }
 
