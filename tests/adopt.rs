@@ -57,24 +57,8 @@ async fn publish(hub: &Hub, from: usize, to: usize) -> BTreeMap<String, usize> {
     outcomes
 }
 
-async fn spooled(hub: &Hub) -> u64 {
-    let state: Value = Client::new()
-        .get(hub.at("/v1/state"))
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
-    let routes = state["routes"].as_array().unwrap();
-    routes
-        .iter()
-        .filter_map(|r| r["spool"]["messages"].as_u64())
-        .sum()
-}
-
 async fn drained(hub: &Hub) {
-    wait::until(LIMIT, "an empty spool", async || spooled(hub).await == 0).await;
+    wait::until(LIMIT, "an empty spool", async || hub.spooled().await == 0).await;
 }
 
 /// Reads the queue to its end with a bare client: for each key the numbers in
@@ -181,7 +165,7 @@ async fn the_spool_of_a_dead_hub_drains_through_another_or_its_successor() {
     second.signal("KILL");
     drop(second);
     let second = hub(&rabbit, folders.1.path());
-    assert!(spooled(&second).await > 0, "nothing was taken up");
+    assert!(second.spooled().await > 0, "nothing was taken up");
     rabbit.restart().await;
     drained(&second).await;
 
@@ -215,12 +199,12 @@ async fn a_spool_that_this_configuration_does_not_drain_is_told_and_kept() {
     assert_eq!(outcomes.get("spooled"), Some(&SPOOLED));
     drop(hub);
     let mut without = Hub::start_with(&data, &[("RUST_LOG", "warn")]);
-    assert_eq!(spooled(&without).await, 0);
+    assert_eq!(without.spooled().await, 0);
     without.signal("TERM");
     let (status, said) = without.ended();
     assert!(status.success());
     assert!(said.contains("does not drain"), "{said}");
     assert!(said.contains("messages=50"), "{said}");
     let again = Hub::start_with(&data, &with);
-    assert_eq!(spooled(&again).await, SPOOLED as u64);
+    assert_eq!(again.spooled().await, SPOOLED as u64);
 }

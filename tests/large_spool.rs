@@ -29,8 +29,9 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
 };
 use reqwest::Client;
-use serde_json::Value;
-use support::{Kafka, Rabbit, RabbitVersion, need, wait};
+use support::{
+    DEAD_EVENTS, Kafka, RETRY_EXCHANGE, RETRY_QUEUES, Rabbit, RabbitVersion, need, wait,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_spool_larger_than_memory_is_drained_while_publishing_goes_on() {
@@ -42,41 +43,27 @@ async fn a_spool_larger_than_memory_is_drained_while_publishing_goes_on() {
         let (broker, size) = one.split_once(':').expect("broker:COUNTxBYTES");
         let (count, bytes) = size.split_once('x').expect("COUNTxBYTES");
         let (count, bytes) = (count.parse().unwrap(), bytes.parse().unwrap());
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        // Brokers end in good order: after a kill a quorum queue as young as this
+        // one was seen to take nothing any more, from any client.
         match broker {
             "kafka" => {
                 let mut node = need!(Kafka::start().await);
-                let folder = tempfile::tempdir().unwrap();
-                configure(
-                    folder.path(),
-                    "event",
-                    &format!("kafka:\n  brokers: [\"{}\"]\n", node.bootstrap()),
-                );
-                let hub = hub(folder.path());
-                connected(&hub).await;
-                // In good order: after a kill a quorum queue as young as this one
-                // was seen to take nothing any more, from any client.
-                publish(&hub, 0, 1, bytes).await;
+                let setting = format!("kafka:\n  brokers: [\"{}\"]\n", node.bootstrap());
+                let hub = begin(folder, "event", &setting, bytes).await;
                 node.stop().await;
-                let hub = fill(hub, folder.path(), count, bytes).await;
+                let hub = fill(hub, folder, count, bytes).await;
                 node.restart().await;
                 let all = drain(&hub, count, bytes).await;
                 judge(all, read_topic(node.bootstrap(), all));
             }
             "rabbitmq" => {
                 let mut node = need!(Rabbit::start(RabbitVersion::V4).await);
-                let folder = tempfile::tempdir().unwrap();
-                configure(
-                    folder.path(),
-                    "task",
-                    &format!("rabbitmq:\n  url: {}\n", node.url()),
-                );
-                let hub = hub(folder.path());
-                connected(&hub).await;
-                // In good order: after a kill a quorum queue as young as this one
-                // was seen to take nothing any more, from any client.
-                publish(&hub, 0, 1, bytes).await;
+                let setting = format!("rabbitmq:\n  url: {}\n", node.url());
+                let hub = begin(folder, "task", &setting, bytes).await;
                 node.stop().await;
-                let hub = fill(hub, folder.path(), count, bytes).await;
+                let hub = fill(hub, folder, count, bytes).await;
                 node.restart().await;
                 let all = drain(&hub, count, bytes).await;
                 judge(all, read_queue(node.url(), all).await);
@@ -86,7 +73,28 @@ async fn a_spool_larger_than_memory_is_drained_while_publishing_goes_on() {
     }
 }
 
+/// A hub beside its broker, with the first message through.
+async fn begin(folder: &Path, kind: &str, broker: &str, bytes: usize) -> Hub {
+    configure(folder, kind, broker);
+    let hub = hub(folder);
+    wait::until(LIMIT, "the hub is connected", async || {
+        let state = hub.state().await;
+        let mut brokers = state["brokers"].as_array().unwrap().iter();
+        brokers.any(|b| b["type"] != "inmemory" && b["connected"] == true)
+    })
+    .await;
+    publish(&hub, 0, 1, bytes).await;
+    hub
+}
+
 fn configure(folder: &Path, kind: &str, broker: &str) {
+    let (topics, queues) = match kind {
+        "event" => (
+            format!("    - {{name: {TOPIC}, options: {{partitions: {PARTITIONS}}}}}\n"),
+            String::new(),
+        ),
+        _ => (String::new(), format!("    - {{name: {TOPIC}}}\n")),
+    };
     let text = format!(
         "{broker}hub:
   routes:
@@ -95,26 +103,10 @@ fn configure(folder: &Path, kind: &str, broker: &str) {
 topology:
   defaults: false
   topics:
-    - {{name: {TOPIC}, options: {{partitions: {PARTITIONS}}}}}
-    - {{name: helixagent.dlq.events, options: {{partitions: 1}}}}
-  exchanges:
-    - {{name: helixagent.retry, kind: topic}}
-  queues:
-    - {{name: helixagent.dlq}}
-    - name: helixagent.retry
-      bindings: [{{exchange: helixagent.retry, routing_key: \"#\"}}]
-      options: {{message_ttl_ms: 60000, dead_letter_exchange: \"\", dead_letter_strategy: at-least-once, overflow: reject-publish}}
-"
+{topics}{DEAD_EVENTS}  exchanges:
+{RETRY_EXCHANGE}  queues:
+{queues}{RETRY_QUEUES}"
     );
-    let text = match kind {
-        "task" => {
-            text.replace(
-                &format!("    - {{name: {TOPIC}, options: {{partitions: {PARTITIONS}}}}}\n"),
-                "",
-            ) + &format!("    - {{name: {TOPIC}}}\n")
-        }
-        _ => text,
-    };
     std::fs::write(folder.join("hub.yaml"), text).unwrap();
 }
 
@@ -124,15 +116,6 @@ fn hub(folder: &Path) -> Hub {
         &["--config", &path("hub.yaml"), "--data", &path("data")],
         &[("RUST_LOG", "warn")],
     )
-}
-
-async fn connected(hub: &Hub) {
-    wait::until(LIMIT, "the hub is connected", async || {
-        let state = state(hub).await;
-        let mut brokers = state["brokers"].as_array().unwrap().iter();
-        brokers.any(|b| b["type"] != "inmemory" && b["connected"] == true)
-    })
-    .await;
 }
 
 /// Fills the spool while the broker is away, and hands over to the next process,
@@ -155,7 +138,7 @@ async fn fill(hub: Hub, folder: &Path, count: u64, bytes: usize) -> Hub {
     drop(hub);
     let began = Instant::now();
     let hub = self::hub(folder);
-    let found = spooled(&hub).await;
+    let found = hub.spooled().await;
     println!(
         "  taken up by the next process in {:.1} s",
         began.elapsed().as_secs_f64()
@@ -174,7 +157,7 @@ async fn drain(hub: &Hub, count: u64, bytes: usize) -> u64 {
         pace.tick().await;
         publish(hub, all, all + TRICKLE, bytes).await;
         all += TRICKLE;
-        let left = spooled(hub).await;
+        let left = hub.spooled().await;
         if left == 0 {
             break;
         }
@@ -221,20 +204,6 @@ async fn publish(hub: &Hub, from: u64, to: u64, bytes: usize) {
     let accepted = text.lines().filter(good).count() as u64;
     let other = text.lines().find(|line| !good(line));
     assert_eq!(accepted, to - from, "{other:?}");
-}
-
-async fn state(hub: &Hub) -> Value {
-    let answer = Client::new().get(hub.at("/v1/state")).send().await.unwrap();
-    answer.json().await.unwrap()
-}
-
-async fn spooled(hub: &Hub) -> u64 {
-    let state = state(hub).await;
-    let routes = state["routes"].as_array().unwrap();
-    let messages = routes
-        .iter()
-        .filter_map(|r| r["spool"]["messages"].as_u64());
-    messages.sum()
 }
 
 /// The most memory that the process ever had, in MiB.

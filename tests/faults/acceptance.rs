@@ -21,27 +21,22 @@ use rdkafka::producer::{
 use rdkafka::{ClientConfig, ClientContext};
 use tokio::task::JoinHandle;
 
-use crate::book::{Book, Reader};
+use crate::book::{Attempt, Book, Reader};
 use crate::foreign::Foreign;
 use crate::hiccup::Hiccups;
-use crate::hub::Hub;
+use crate::hub::{Hub, Seen};
+use crate::judge::{self, HEDGE, SLACK, in_doubt, permille};
 use crate::publisher::{Load, Shape};
 use crate::site::{self, Node};
 use crate::support::{unique, wait};
 
-/// What one run found.
+/// What one run found wrong.
 #[derive(Default)]
 pub struct Report {
-    lines: Vec<String>,
     pub failed: Vec<String>,
 }
 
 impl Report {
-    fn note(&mut self, text: String) {
-        println!("  {text}");
-        self.lines.push(text);
-    }
-
     fn must(&mut self, holds: bool, text: String) {
         println!("  {} {text}", if holds { "PASS" } else { "FAIL" });
         if !holds {
@@ -80,13 +75,12 @@ pub async fn run(node: &mut Node, rate: u32, folder: &Path) -> Report {
 
     // The first: in the middle of the load.
     course.kill(node, AWAY).await;
-    draining(&hub).await;
+    let draining = |s: &Seen| s.state == "draining" && s.messages > 0;
+    hub.until(LONG, LOOK, "a drain", draining).await;
     // The second: in the middle of the drain.
     let left = hub.seen().await.map_or(0, |s| s.messages);
     course.kill(node, AWAY).await;
-    report.note(format!(
-        "the second kill struck a drain with {left} messages left"
-    ));
+    println!("  the second kill struck a drain with {left} messages left");
     well(&hub, "after the second kill").await;
     tokio::time::sleep(WARM_UP).await;
 
@@ -106,7 +100,12 @@ pub async fn run(node: &mut Node, rate: u32, folder: &Path) -> Report {
     let spooled = hub.seen().await.expect("the hub answers").messages;
     let until = Instant::now();
     let probe = Probe::start(node, &topic);
-    let drained = first_drained(&hub, spooled);
+    // Fewer than it was while nobody published: the first confirm of the drain.
+    let drained = async {
+        let fewer = |s: &Seen| s.messages < spooled;
+        hub.until(LONG, LOOK, "a confirm of the drain", fewer).await;
+        Instant::now()
+    };
     let (drained, ()) = tokio::join!(drained, node.restart());
     let served = Instant::now();
     course.outages.push((struck, until));
@@ -124,7 +123,7 @@ pub async fn run(node: &mut Node, rate: u32, folder: &Path) -> Report {
     tokio::time::sleep(AFTERWARDS).await;
     let seen = hub.seen().await.expect("the hub answers");
     report.must(
-        seen.state == "primary" && seen.messages == 0,
+        seen.is_well(),
         format!(
             "10 s after the last recovery, under load: {}, {} spooled",
             seen.state, seen.messages
@@ -140,12 +139,12 @@ pub async fn run(node: &mut Node, rate: u32, folder: &Path) -> Report {
     load.stop().await;
     let status = hub.stop().await;
     report.must(status.success(), format!("the hub ends with {status}"));
-    report.note(format!(
-        "{} lines in {:.1} s, hub away {} ms",
+    println!(
+        "  {} lines in {:.1} s, hub away {} ms",
         book.attempts().len(),
         lasted.as_secs_f64(),
         hub_back.duration_since(hub_killed).as_millis()
-    ));
+    );
     latencies(&mut report, &book, &course, &hiccups);
     hiccups.stop().await;
     let mut foreign = match node {
@@ -158,8 +157,8 @@ pub async fn run(node: &mut Node, rate: u32, folder: &Path) -> Report {
     .await;
     foreign.end().await;
     let window = match node {
-        Node::Rabbit(_) => 1_000,
-        Node::Kafka(_) => 10_000 * site::PARTITIONS,
+        Node::Rabbit(_) => judge::RABBITMQ_WINDOW,
+        Node::Kafka(_) => judge::KAFKA_WINDOW,
     };
     account(&mut report, &book, &course, window);
     report
@@ -182,51 +181,7 @@ impl Course {
 }
 
 async fn well(hub: &Hub, when: &str) {
-    let deadline = Instant::now() + LONG;
-    loop {
-        let seen = hub.seen().await;
-        if seen.is_some_and(|s| s.state == "primary" && s.messages == 0) {
-            return;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "{when}: {}",
-            hub.everything().await
-        );
-        tokio::time::sleep(LOOK).await;
-    }
-}
-
-async fn draining(hub: &Hub) {
-    let deadline = Instant::now() + LONG;
-    loop {
-        let seen = hub.seen().await;
-        if seen.is_some_and(|s| s.state == "draining" && s.messages > 0) {
-            return;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "no drain: {}",
-            hub.everything().await
-        );
-        tokio::time::sleep(LOOK).await;
-    }
-}
-
-/// When the spool held fewer than it did while nobody published.
-async fn first_drained(hub: &Hub, spooled: u64) -> Instant {
-    let deadline = Instant::now() + LONG;
-    loop {
-        if hub.seen().await.is_some_and(|s| s.messages < spooled) {
-            return Instant::now();
-        }
-        assert!(
-            Instant::now() < deadline,
-            "nothing drained: {}",
-            hub.everything().await
-        );
-        tokio::time::sleep(LOOK).await;
-    }
+    hub.until(LONG, LOOK, when, Seen::is_well).await;
 }
 
 /// A bare client that publishes to the hub's queue or topic until one confirm
@@ -353,43 +308,39 @@ fn latencies(report: &mut Report, book: &Book, course: &Course, hiccups: &Hiccup
     );
     for (number, (struck, until)) in course.outages.iter().enumerate() {
         // The hub's own absence is no wait that it could shorten.
-        let hub_away = |at: Instant| {
+        let met_no_hub = |a: &Attempt| {
             let mut hubs = course.hubs.iter();
-            hubs.any(|(died, back)| at + Duration::from_secs(6) >= *died && at <= *back + SETTLED)
+            hubs.any(|(died, back)| {
+                let near = *died - PATIENCE..=*back + SETTLED;
+                near.contains(&a.written) && a.answered.is_none_or(|at| at >= *died)
+            })
         };
         let of = |from: Instant| {
             let within = attempts
                 .iter()
                 .filter(|a| a.again == 0 && a.written >= from && a.written < *until)
-                .filter(|a| {
-                    !hub_away(a.written)
-                        || a.took().is_some_and(|t| a.written + t < course.hubs[0].0)
-                });
-            let mut waits: Vec<Duration> = within.filter_map(|a| a.took()).collect();
+                .filter(|a| !met_no_hub(a));
+            let mut waits: Vec<Duration> = within.filter_map(Attempt::took).collect();
             waits.sort_unstable();
             waits
         };
         let (all, settled) = (of(*struck), of(*struck + SETTLED));
-        let at = |waits: &[Duration], percent: usize| {
-            let place = waits.len().saturating_sub(1) * percent / 100;
-            waits.get(place).copied().unwrap_or_default()
-        };
         let (late, sync) = hiccups.worst(*struck, *until);
-        let worst = at(&all, 100);
+        let worst = permille(&all, 1000);
         let limit = HEDGE + sync + late * 2 + SLACK;
-        report.note(format!(
-            "outage {}: {:.1} s, {} publishes; from 1 s on p50 {:.1} p99 {:.1} p99.9 {:.1} ms; the worst of all {:.0} ms (limit {:.0}); the machine's worst hiccup {:.1} ms, sync {:.1} ms",
+        println!(
+            "  outage {}: {:.1} s, {} publishes; from 1 s on p50 {:.1} p99 {:.1} p99.9 {:.1} ms; the worst of all {:.0} ms (limit {:.0}); the machine's worst hiccup {:.1} ms, sync {:.1} ms",
             number + 1,
             until.duration_since(*struck).as_secs_f64(),
             all.len(),
-            millis(at(&settled, 50)),
-            millis(at(&settled, 99)),
-            millis(settled.get(settled.len().saturating_sub(1) * 999 / 1000).copied().unwrap_or_default()),
+            millis(permille(&settled, 500)),
+            millis(permille(&settled, 990)),
+            millis(permille(&settled, 999)),
             millis(worst),
             millis(limit),
             millis(late),
             millis(sync),
-        ));
+        );
         report.must(
             worst <= limit,
             format!(
@@ -398,7 +349,7 @@ fn latencies(report: &mut Report, book: &Book, course: &Course, hiccups: &Hiccup
             ),
         );
         report.must(
-            !settled.is_empty() && at(&settled, 99) < P99,
+            !settled.is_empty() && permille(&settled, 990) < P99,
             format!("outage {}: p99 under {} ms", number + 1, P99.as_millis()),
         );
     }
@@ -408,28 +359,15 @@ fn latencies(report: &mut Report, book: &Book, course: &Course, hiccups: &Hiccup
 fn account(report: &mut Report, book: &Book, course: &Course, window: u64) {
     let mut arrivals = book.arrivals(Reader::Foreign);
     arrivals.retain(|a| a.id != PROBE && !a.id.is_empty());
-    let delivered = arrivals
-        .iter()
-        .enumerate()
-        .map(|(index, a)| ledger::Delivered {
-            group: GROUP.to_owned(),
-            consumer: GROUP.to_owned(),
-            topic: book.topic.clone(),
-            id: a.id.clone(),
-            payload_hash: a.payload_hash,
-            key: a.key.clone(),
-            index: index as u64,
-            redelivered: a.marked,
-            settled: a.settled,
-        });
+    let delivered = judge::deliveries(book, GROUP, arrivals.iter());
     let verdict = ledger::check(&ledger::History {
         published: book.published(),
-        delivered: delivered.collect(),
+        delivered,
         expected_groups: BTreeMap::from([(book.topic.clone(), [GROUP.to_owned()].into())]),
         ..ledger::History::default()
     });
     let duplicates: u64 = verdict.duplicated.iter().map(|d| d.extra).sum();
-    let doubt = |at: Instant| book.not_delivered_by(at).min(window);
+    let doubt = |at: Instant| in_doubt(book, at, window);
     let losses: u64 = course
         .outages
         .iter()
@@ -479,8 +417,8 @@ const AFTERWARDS: Duration = Duration::from_secs(10);
 const SETTLED: Duration = Duration::from_secs(1);
 const BEHIND: Duration = Duration::from_secs(1);
 const P99: Duration = Duration::from_millis(10);
-const HEDGE: Duration = Duration::from_secs(1);
-const SLACK: Duration = Duration::from_millis(250);
+/// Longer than a client waits for any answer before it connects again.
+const PATIENCE: Duration = Duration::from_secs(6);
 const LOOK: Duration = Duration::from_millis(5);
 const TRY: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_millis(20);

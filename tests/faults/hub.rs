@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -37,6 +37,13 @@ pub struct Seen {
     pub remaining: u64,
     pub durable: bool,
     pub connected: bool,
+}
+
+impl Seen {
+    /// The spool is empty and the route is primary.
+    pub fn is_well(&self) -> bool {
+        self.state == "primary" && self.messages == 0
+    }
 }
 
 impl Hub {
@@ -99,6 +106,26 @@ impl Hub {
             durable: route["spool"]["durable"].as_bool()?,
             connected: broker["connected"].as_bool()?,
         })
+    }
+
+    /// Asks until it is as it is wanted, and panics with all that the hub says
+    /// when that takes longer than `limit`.
+    pub async fn until(
+        &self,
+        limit: Duration,
+        pause: Duration,
+        wanted: &str,
+        good: impl Fn(&Seen) -> bool,
+    ) {
+        let deadline = Instant::now() + limit;
+        while !self.seen().await.is_some_and(|seen| good(&seen)) {
+            assert!(
+                Instant::now() < deadline,
+                "{wanted}: not after {limit:?}; the hub says {}",
+                self.everything().await
+            );
+            tokio::time::sleep(pause).await;
+        }
     }
 
     /// All it says, for the report of a failure.

@@ -105,10 +105,10 @@ impl Facts {
     /// its own losses repeat.
     fn bound(&self, cell: Cell, book: &Book) -> u64 {
         let window = match cell.mode {
-            Mode::Events => 10_000 * PARTITIONS,
-            Mode::Hold | Mode::Local => 1_000,
+            Mode::Events => KAFKA_WINDOW,
+            Mode::Hold | Mode::Local => RABBITMQ_WINDOW,
         };
-        let doubt = |at: &Instant| book.not_delivered_by(*at).min(window);
+        let doubt = |at: &Instant| in_doubt(book, *at, window);
         let lost: u64 = self.losses.iter().map(doubt).sum();
         let hubs = self.hubs.iter();
         let died: u64 = hubs.map(|at| doubt(at) + book.unanswered_by(*at)).sum();
@@ -297,7 +297,7 @@ fn history(
     }
 }
 
-fn deliveries<'a>(
+pub fn deliveries<'a>(
     book: &Book,
     group: &str,
     arrivals: impl Iterator<Item = &'a Arrival>,
@@ -416,11 +416,19 @@ fn waits(
         }
     }
     settled.sort_unstable();
-    let p99 = settled
-        .get(settled.len().saturating_sub(1) * 99 / 100)
-        .copied()
-        .unwrap_or_default();
-    (p99, worst, counted)
+    (permille(&settled, 990), worst, counted)
+}
+
+/// Of sorted waits the one that so many in a thousand do not exceed.
+pub fn permille(sorted: &[Duration], share: usize) -> Duration {
+    let place = sorted.len().saturating_sub(1) * share / 1000;
+    sorted.get(place).copied().unwrap_or_default()
+}
+
+/// What the loss of a connection at this moment may repeat: what nobody had
+/// said to be delivered, a lane's window at most.
+pub fn in_doubt(book: &Book, at: Instant, window: u64) -> u64 {
+    book.not_delivered_by(at).min(window)
 }
 
 /// What nine of ten publishes waited at most while nothing was wrong: the way,
@@ -444,9 +452,12 @@ fn millis(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 10_000.0).round() / 10.0
 }
 
+/// What a topic's lanes may have in flight together.
+pub const RABBITMQ_WINDOW: u64 = 1_000;
+pub const KAFKA_WINDOW: u64 = 10_000 * PARTITIONS;
 const FOREIGN: &str = "foreign";
 const THROUGH: &str = "through";
 /// The longest hedge: `hub.hedge.max`.
-const HEDGE: Duration = Duration::from_secs(1);
+pub const HEDGE: Duration = Duration::from_secs(1);
 /// For the way to the hub and back, and its own work.
-const SLACK: Duration = Duration::from_millis(250);
+pub const SLACK: Duration = Duration::from_millis(250);

@@ -417,18 +417,9 @@ impl Run<'_> {
         }
     }
 
-    /// The spool is empty and the route is primary.
     async fn well(&self, when: &str) {
-        let deadline = Instant::now() + LONG;
-        let good = |seen: &Seen| seen.state == "primary" && seen.messages == 0;
-        while !self.hub.seen().await.is_some_and(|seen| good(&seen)) {
-            assert!(
-                Instant::now() < deadline,
-                "{when}: the spool is not empty or the route not primary after {LONG:?}; the hub says {}",
-                self.hub.everything().await
-            );
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        let pause = Duration::from_millis(20);
+        self.hub.until(LONG, pause, when, Seen::is_well).await;
     }
 
     /// Until both readers have everything, or nothing comes any more; then they

@@ -5,7 +5,10 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::cell::{Cell, Mode};
-use crate::support::{Kafka, Rabbit, RabbitVersion, TcpProxy, Unavailable};
+use crate::support::{
+    DEAD_EVENTS, Kafka, NodeInfo, RETRY_EXCHANGE, RETRY_QUEUES, Rabbit, RabbitVersion, TcpProxy,
+    Unavailable,
+};
 
 /// The route that all cells use.
 pub const PATTERN: &str = "faults.#";
@@ -67,10 +70,21 @@ impl Site {
 }
 
 impl Node {
-    pub fn pid(&self) -> u32 {
+    fn info(&self) -> &NodeInfo {
         match self {
-            Self::Rabbit(node) => node.pid(),
-            Self::Kafka(node) => node.pid(),
+            Self::Rabbit(node) => node.info(),
+            Self::Kafka(node) => node.info(),
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.info().pid
+    }
+
+    async fn state(&self) -> String {
+        match self {
+            Self::Rabbit(node) => node.state().await,
+            Self::Kafka(node) => node.state().await,
         }
     }
 
@@ -83,11 +97,8 @@ impl Node {
 
     /// How it is, and the last that it said, for the report of a failure.
     pub async fn last_words(&self) -> String {
-        let (state, info) = match self {
-            Self::Rabbit(node) => (node.state().await, node.info()),
-            Self::Kafka(node) => (node.state().await, node.info()),
-        };
-        let log = crate::hub::tail(&info.dir.join("server.log"));
+        let state = self.state().await;
+        let log = crate::hub::tail(&self.info().dir.join("server.log"));
         format!("the server is {state}; its log ends with\n{log}")
     }
 
@@ -130,11 +141,7 @@ impl Node {
     }
 
     async fn mend(&mut self) {
-        let state = match self {
-            Self::Rabbit(node) => node.state().await,
-            Self::Kafka(node) => node.state().await,
-        };
-        match state.as_str() {
+        match self.state().await.as_str() {
             "running" => {}
             "paused" => self.resume().await,
             _ => self.restart().await,
@@ -199,74 +206,53 @@ pub fn configure(folder: &Path, cell: &Cell, topic: &str, site: &Site) {
     };
     let audit = audit(topic);
     let topology = match cell.mode {
-        Mode::Events => format!(
-            "  topics:
-    - {{name: {topic}, options: {{partitions: {PARTITIONS}}}}}
-    - {{name: helixagent.dlq.events, options: {{partitions: 1}}}}
-"
-        ),
+        Mode::Events => topics(topic),
         Mode::Hold | Mode::Local => format!(
             "  exchanges:
     - {{name: faults, kind: direct}}
-    - {{name: helixagent.retry, kind: topic}}
-  queues:
+{RETRY_EXCHANGE}  queues:
     - {{name: {topic}, bindings: [{{exchange: faults, routing_key: {topic}}}]}}
     - {{name: {audit}, bindings: [{{exchange: faults, routing_key: {topic}}}]}}
-    - {{name: helixagent.dlq}}
-    - name: helixagent.retry
-      bindings: [{{exchange: helixagent.retry, routing_key: \"#\"}}]
-      options: {{message_ttl_ms: 60000, dead_letter_exchange: \"\", dead_letter_strategy: at-least-once, overflow: reject-publish}}
-"
+{RETRY_QUEUES}"
         ),
     };
-    let text = format!(
-        "{broker}hub:
-  routes:
-    - {{pattern: \"{PATTERN}\", kind: {kind}, primary: {primary}, during_outage: {during}}}
-log: {{level: \"info,messaging_hub=debug\"}}
-topology:
-  defaults: false
-{topology}"
-    );
-    std::fs::write(folder.join("hub.yaml"), text).unwrap();
+    write(folder, &broker, (kind, primary, during), &topology);
 }
 
 /// The hub beside a broker, without a proxy and without anything that a cell
 /// needs for its readers.
 pub fn configure_plain(folder: &Path, topic: &str, node: &Node) {
-    let (broker, kind, primary, topology) = match node {
-        Node::Rabbit(node) => (
-            format!("rabbitmq:\n  url: {}\n", node.url()),
-            "task",
-            "rabbitmq",
-            format!(
+    match node {
+        Node::Rabbit(node) => {
+            let broker = format!("rabbitmq:\n  url: {}\n", node.url());
+            let topology = format!(
                 "  exchanges:
-    - {{name: helixagent.retry, kind: topic}}
-  queues:
+{RETRY_EXCHANGE}  queues:
     - {{name: {topic}, options: {{queue_type: quorum}}}}
-    - {{name: helixagent.dlq}}
-    - name: helixagent.retry
-      bindings: [{{exchange: helixagent.retry, routing_key: \"#\"}}]
-      options: {{message_ttl_ms: 60000, dead_letter_exchange: \"\", dead_letter_strategy: at-least-once, overflow: reject-publish}}
-"
-            ),
-        ),
-        Node::Kafka(node) => (
-            format!("kafka:\n  brokers: [\"{}\"]\n", node.bootstrap()),
-            "event",
-            "kafka",
-            format!(
-                "  topics:
+{RETRY_QUEUES}"
+            );
+            write(folder, &broker, ("task", "rabbitmq", "hold"), &topology);
+        }
+        Node::Kafka(node) => {
+            let broker = format!("kafka:\n  brokers: [\"{}\"]\n", node.bootstrap());
+            write(folder, &broker, ("event", "kafka", "hold"), &topics(topic));
+        }
+    }
+}
+
+fn topics(topic: &str) -> String {
+    format!(
+        "  topics:
     - {{name: {topic}, options: {{partitions: {PARTITIONS}}}}}
-    - {{name: helixagent.dlq.events, options: {{partitions: 1}}}}
-"
-            ),
-        ),
-    };
+{DEAD_EVENTS}"
+    )
+}
+
+fn write(folder: &Path, broker: &str, (kind, primary, during): (&str, &str, &str), topology: &str) {
     let text = format!(
         "{broker}hub:
   routes:
-    - {{pattern: \"{PATTERN}\", kind: {kind}, primary: {primary}, during_outage: hold}}
+    - {{pattern: \"{PATTERN}\", kind: {kind}, primary: {primary}, during_outage: {during}}}
 log: {{level: \"info,messaging_hub=debug\"}}
 topology:
   defaults: false

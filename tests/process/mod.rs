@@ -87,6 +87,19 @@ impl Hub {
             .unwrap()
     }
 
+    /// What `/v1/state` says.
+    pub async fn state(&self) -> serde_json::Value {
+        let answer = reqwest::get(self.at("/v1/state")).await.unwrap();
+        answer.json().await.unwrap()
+    }
+
+    /// Messages in the spools of all routes.
+    pub async fn spooled(&self) -> u64 {
+        let state = self.state().await;
+        let routes = state["routes"].as_array().unwrap().iter();
+        routes.filter_map(|r| r["spool"]["messages"].as_u64()).sum()
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

@@ -41,6 +41,16 @@ macro_rules! need {
 }
 pub(crate) use need;
 
+/// What a topology without the built-in one must have beside its own, as lines
+/// under `exchanges`, `queues` and `topics`: where failed work goes.
+pub const RETRY_EXCHANGE: &str = "    - {name: helixagent.retry, kind: topic}\n";
+pub const RETRY_QUEUES: &str = "    - {name: helixagent.dlq}
+    - name: helixagent.retry
+      bindings: [{exchange: helixagent.retry, routing_key: \"#\"}]
+      options: {message_ttl_ms: 60000, dead_letter_exchange: \"\", dead_letter_strategy: at-least-once, overflow: reject-publish}
+";
+pub const DEAD_EVENTS: &str = "    - {name: helixagent.dlq.events, options: {partitions: 1}}\n";
+
 /// A name that no other test, process or earlier run uses, for topics and
 /// queues on shared nodes.
 pub fn unique(prefix: &str) -> String {
