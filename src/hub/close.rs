@@ -29,8 +29,9 @@ const HANDLERS_SHARE: f64 = 0.6;
 
 impl MessagingHub {
     /// Stops intake, finishes or hands back work, flushes and closes every
-    /// broker, within `grace`. Later calls wait for the first and get its
-    /// report.
+    /// broker, within `grace`. What a memory spool holds is moved to its broker,
+    /// and one that is away is waited for as long. Later calls wait for the first
+    /// and get its report.
     ///
     /// # Cancel safety
     /// Dropping the future interrupts the closing; the next call goes on with it.
@@ -81,6 +82,7 @@ impl MessagingHub {
         }
         drop(lanes);
         lock(&self.0.lanes).clear();
+        self.0.abandoned.cancel();
         self.0.tasks.close();
         // Spans end when their deliveries are settled; what a caller still
         // holds is given back by the broker's own close.

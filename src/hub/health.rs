@@ -81,12 +81,12 @@ impl Health {
     }
 }
 
-/// Probes one broker until the hub closes.
+/// Probes one broker until no lane needs it any more.
 pub(crate) async fn probe(
     broker: Arc<dyn MessageBroker>,
     health: Arc<Health>,
     interval: Duration,
-    closing: CancellationToken,
+    over: CancellationToken,
 ) {
     let mut connection = broker.connection();
     let mut wait = Duration::ZERO;
@@ -104,11 +104,11 @@ pub(crate) async fn probe(
                 wait = Duration::ZERO;
                 continue;
             }
-            () = closing.cancelled() => return,
+            () = over.cancelled() => return,
         }
         let answer = tokio::select! {
             answer = tokio::time::timeout(PROBE_TIMEOUT, broker.health_check()) => answer,
-            () = closing.cancelled() => return,
+            () = over.cancelled() => return,
         };
         let error = match answer {
             Ok(Ok(())) => None,

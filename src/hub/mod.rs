@@ -117,6 +117,8 @@ struct Inner {
     weakened: Mutex<Vec<Weakness>>,
     tasks: TaskTracker,
     closing: CancellationToken,
+    /// Every lane has ended, or nobody waits for one: no broker is waited for.
+    abandoned: CancellationToken,
     closed: OnceCell<CloseReport>,
     next: AtomicU64,
     fallback_usages: Arc<AtomicU64>,
@@ -127,6 +129,7 @@ impl Drop for Inner {
     /// lanes finish what is in flight and let go of the spool.
     fn drop(&mut self) {
         self.closing.cancel();
+        self.abandoned.cancel();
     }
 }
 
@@ -200,6 +203,7 @@ impl MessagingHub {
             weakened: Mutex::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
+            abandoned: CancellationToken::new(),
             closed: OnceCell::new(),
             next: AtomicU64::new(1),
             fallback_usages: Arc::default(),
@@ -271,7 +275,9 @@ impl MessagingHub {
                 broker,
                 health,
                 self.0.config.health_check_interval,
-                self.0.closing.clone(),
+                // A lane that waits for its broker while the hub closes needs the
+                // breaker to half-open.
+                self.0.abandoned.clone(),
             ));
         }
     }

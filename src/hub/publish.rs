@@ -488,6 +488,7 @@ impl MessagingHub {
             readers: self.0.readers.subscribe(),
             controls: self.0.controls.subscribe(),
             closing: self.0.closing.clone(),
+            abandoned: self.0.abandoned.clone(),
         }
     }
 

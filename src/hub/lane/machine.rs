@@ -530,11 +530,17 @@ impl<W> Machine<W> {
 
     /// Whether the spool can still be moved to the primary.
     pub(crate) fn is_draining(&self) -> bool {
-        self.open
-            && !self.spool.is_empty()
-            && !self.leaves_the_rest()
-            && !self.paused
-            && !self.forced
+        self.open && self.is_wanted_back()
+    }
+
+    /// Whether the hub, which closes, should wait for a broker that is away:
+    /// what that does not take within the grace period is lost.
+    pub(crate) fn awaits_broker(&self) -> bool {
+        !self.open && self.closing && !self.refused && self.is_wanted_back()
+    }
+
+    fn is_wanted_back(&self) -> bool {
+        !self.spool.is_empty() && !self.leaves_the_rest() && !self.paused && !self.forced
     }
 
     /// Closing, with a spool that the next process takes up.

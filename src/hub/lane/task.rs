@@ -105,6 +105,8 @@ pub(crate) struct Parts {
     /// What operators want.
     pub(crate) controls: watch::Receiver<Arc<Rules>>,
     pub(crate) closing: CancellationToken,
+    /// Nobody waits for the spool to be moved any longer.
+    pub(crate) abandoned: CancellationToken,
 }
 
 /// The hub's end of a lane's task.
@@ -314,6 +316,7 @@ impl Task {
         let mut batch: Vec<Item> = Vec::with_capacity(TURN);
         let mut settled: Vec<Settlement> = Vec::with_capacity(TURN);
         let mut closing = false;
+        let mut abandoned = false;
         let mut open_intake = true;
         let mut reopen: Option<Instant> = None;
         let mut registry = self.parts.readers.clone();
@@ -342,7 +345,7 @@ impl Task {
             let starved = self.feed_readers();
             self.act();
             self.status.show(&self.machine);
-            if !open_intake && self.may_end(closing) {
+            if !open_intake && self.may_end(closing, abandoned) {
                 break;
             }
             let look_again = starved.then(|| now().at + READER_PAUSE);
@@ -476,6 +479,7 @@ impl Task {
                     // Nothing new from here on; what is in the channel is served.
                     items.close();
                 }
+                () = self.parts.abandoned.cancelled(), if !abandoned => abandoned = true,
             }
         }
         self.status.show(&self.machine);
@@ -826,11 +830,12 @@ impl Task {
     /// Ends when nothing more will happen by itself: no outcome is due and no
     /// drain goes on. A lane whose broker was replaced goes on until its spool is
     /// empty; only a hub that closes leaves one behind.
-    fn may_end(&self, closing: bool) -> bool {
+    fn may_end(&self, closing: bool, abandoned: bool) -> bool {
         self.machine.is_quiet()
             && self.keeper.is_quiet()
             && self.leases.is_empty()
             && !self.machine.is_draining()
+            && (abandoned || !self.machine.awaits_broker())
             && (closing || self.machine.spool().is_empty())
     }
 }

@@ -796,6 +796,30 @@ fn lifting_a_limit_lets_the_rest_go_at_once_and_closing_lifts_it() {
 }
 
 #[test]
+fn a_close_waits_for_a_broker_that_is_away_where_the_spool_would_be_lost() {
+    for durable in [false, true] {
+        let mut sim = Sim::new(1, false);
+        sim.machine = Machine::new(Settings {
+            durable,
+            ..settings(&sim.budget, false)
+        });
+        spool_away(&mut sim, 3);
+        assert!(!sim.machine.awaits_broker(), "it does not close yet");
+        sim.machine.close(sim.now());
+        sim.act();
+        assert_eq!(sim.machine.awaits_broker(), !durable);
+        if durable {
+            continue;
+        }
+        back(&mut sim);
+        assert!(sim.machine.is_draining());
+        confirm_all(&mut sim);
+        assert_eq!(stored(&sim).len(), 3);
+        assert!(!sim.machine.awaits_broker() && !sim.machine.is_draining());
+    }
+}
+
+#[test]
 fn a_lane_degraded_by_force_spools_everything_until_it_is_released() {
     let mut sim = Sim::new(1, false);
     back(&mut sim);
