@@ -993,6 +993,57 @@ async fn stopping_gives_back_what_was_not_settled() {
     broker.close().await.unwrap();
 }
 
+/// The server forgets a queue's consumers and tells nobody: their channels live
+/// on, and AMQP knows no word for it.
+async fn forget_consumers(rabbit: &Rabbit, queue: &Topic) {
+    let script = format!(
+        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)), \
+         [ra:process_command(amqqueue:get_pid(Q), rabbit_fifo:make_checkout({{element(2, C), element(1, C)}}, cancel, #{{}})) \
+          || C <- rabbit_amqqueue:consumers(Q)], length(rabbit_amqqueue:consumers(Q))."
+    );
+    assert_eq!(rabbit.ctl(&["-q", "eval", &script]).await.trim(), "0");
+}
+
+#[tokio::test]
+async fn a_queue_that_lost_its_consumers_without_a_word_gets_them_back() {
+    for version in [RabbitVersion::V3_10, RabbitVersion::V4] {
+        let rabbit = need!(shared_rabbit(version).await);
+        let check = Duration::from_millis(300);
+        let watched = RabbitMqConfig {
+            consumer_check_interval: check,
+            ..config(rabbit.url())
+        };
+        let broker = connected(watched, Topology::default()).await;
+        let queue = queue(&broker, &unique("forgotten")).await;
+        let mut readers = Vec::new();
+        for _ in 0..2 {
+            let options = SubscribeOptions::default().with_prefetch(1);
+            let reader = broker.consume(&of(&queue), &options).await.unwrap();
+            assert!(reader.control.active().await);
+            readers.push(reader);
+        }
+        forget_consumers(&rabbit, &queue).await;
+        wait::until(SOON, "both consumers", async || {
+            broker.queue_stats(&queue).await.unwrap().consumers == 2
+        })
+        .await;
+        let revived = broker.recorder().consumers_revived.get();
+        assert!(revived >= 2, "{revived} were revived");
+        // One each: with a prefetch of one, neither reader can have both.
+        all_confirmed(&publish_all(&broker, &queue, (0..2).map(numbered).collect()).await);
+        let mut held = Vec::new();
+        for reader in &mut readers {
+            held.extend(receive(reader, 1).await);
+        }
+        for delivery in held {
+            delivery.ack().await.unwrap();
+        }
+        depth_becomes(&broker, &queue, 0).await;
+        drop(readers);
+        broker.close().await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_deleted_queue_ends_the_subscription_until_it_is_back() {
     let rabbit = need!(shared_rabbit(RabbitVersion::V3_10).await);

@@ -192,6 +192,8 @@ pub const VARIABLES: &[Variable] = &[
         |r, v| set(&mut r.heartbeat, time(v))),
     rabbit("RABBITMQ_CONNECTION_TIMEOUT", "10s", "how long connecting may take",
         |r, v| set(&mut r.connection_timeout, time(v))),
+    rabbit("RABBITMQ_CONSUMER_CHECK_INTERVAL", "30s", "how often the server is asked for its consumers; 0s: never",
+        |r, v| set(&mut r.consumer_check_interval, time(v))),
     rabbit("RABBITMQ_CA_FILE", "", "PEM file of the certificate authority; turns TLS on",
         |r, v| { r.tls.get_or_insert_with(TlsConfig::default).ca_file = Some(PathBuf::from(v)); Ok(()) }),
 

@@ -101,6 +101,13 @@ fn rabbit(rabbitmq: &RabbitMqConfig, found: &mut Found) {
             "nobody knows whether a message arrived",
         );
     }
+    if rabbitmq.consumer_check_interval.is_zero() {
+        found.add(
+            "rabbitmq.consumer_check_interval is 0",
+            "C7",
+            "a queue whose consumer the server has lost is not noticed",
+        );
+    }
     let (passwords, clear): (Vec<String>, bool) = match &rabbitmq.url {
         Some(url) => {
             let addresses = redact::addresses(url.expose());

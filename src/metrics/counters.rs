@@ -124,6 +124,8 @@ counters! {
     connection_failures,
     /// Connections tried again after a loss.
     reconnection_attempts,
+    /// Consumers that the server had lost and that were subscribed again.
+    consumers_revived,
     /// Connections that stand now.
     current_connections,
     /// Messages given to be published.

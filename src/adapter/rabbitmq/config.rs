@@ -48,6 +48,10 @@ pub struct RabbitMqConfig {
     /// Longest pause before a reconnect. Default 250 ms.
     #[serde(with = "crate::duration")]
     pub max_reconnect_delay: Duration,
+    /// How often the server is asked whether a queue still has its consumer,
+    /// which is subscribed again if not. Default 30 s; 0: never.
+    #[serde(with = "crate::duration")]
+    pub consumer_check_interval: Duration,
     /// Name shown in the management pages. Default `messaging-hub`.
     pub connection_name: String,
 }
@@ -83,6 +87,7 @@ impl Default for RabbitMqConfig {
             connection_timeout: Duration::from_secs(10),
             reconnect_delay: Duration::from_millis(50),
             max_reconnect_delay: Duration::from_millis(250),
+            consumer_check_interval: Duration::from_secs(30),
             connection_name: "messaging-hub".to_owned(),
         }
     }

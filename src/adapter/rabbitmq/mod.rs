@@ -50,6 +50,8 @@ mod topology;
 #[cfg(feature = "rabbitmq")]
 mod verdicts;
 #[cfg(feature = "rabbitmq")]
+mod watchdog;
+#[cfg(feature = "rabbitmq")]
 mod wire;
 
 #[cfg(feature = "rabbitmq")]

@@ -8,7 +8,7 @@ use lapin::{
     options::{QueueBindOptions, QueueDeclareOptions},
     types::ShortString,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -21,6 +21,7 @@ use super::{
     link::Link,
     session::{End, Plan, Session},
     shared::Shared,
+    watchdog::Watchdog,
 };
 use crate::{
     broker::{Delivery, QueueOptions, QueueType},
@@ -68,10 +69,15 @@ impl Reader {
     pub(super) async fn run(self) {
         let mut links = self.shared.link.subscribe();
         let mut backoff = Backoff::new(self.shared.config.reconnect_delay, LONGEST_PAUSE);
+        let interval = self.shared.config.consumer_check_interval;
+        let mut watchdog =
+            (!interval.is_zero()).then(|| Watchdog::new(Instant::now().into_std(), interval));
         while !self.over() {
             let link = links.borrow_and_update().clone();
             let end = match link {
-                Some(link) if !link.lost.is_cancelled() => self.serve(&link, &mut backoff).await,
+                Some(link) if !link.lost.is_cancelled() => {
+                    self.serve(&link, &mut backoff, &mut watchdog).await
+                }
                 _ => End::Lost,
             };
             self.board.set(self.queue.name(), false);
@@ -99,7 +105,12 @@ impl Reader {
         self.board.remove(self.queue.name());
     }
 
-    async fn serve(&self, link: &Link, backoff: &mut Backoff) -> End {
+    async fn serve(
+        &self,
+        link: &Link,
+        backoff: &mut Backoff,
+        watchdog: &mut Option<Watchdog>,
+    ) -> End {
         let started = std::time::Instant::now();
         let prepared = async {
             let channel = link.control_channel().await?;
@@ -120,7 +131,7 @@ impl Reader {
             stopping: &self.stopping,
         };
         session
-            .run(channel, &name, || {
+            .run(channel, &name, watchdog, || {
                 backoff.reset();
                 self.shared
                     .recorder

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
     Channel,
     options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions},
@@ -26,8 +26,10 @@ use super::{
     courier::Courier,
     error,
     link::Link,
+    queue,
     shared::Shared,
     verdicts::{MOST_RETURNS, Serving},
+    watchdog::{Enrolled, Watchdog},
     wire,
 };
 use crate::{
@@ -73,13 +75,23 @@ pub(super) struct Session<'a> {
 
 impl Session<'_> {
     /// Subscribes to `queue` and serves it until the end.
-    pub(super) async fn run(&self, channel: Channel, queue: &str, active: impl FnOnce()) -> End {
+    pub(super) async fn run(
+        &self,
+        channel: Channel,
+        queue: &str,
+        watchdog: &mut Option<Watchdog>,
+        active: impl FnOnce(),
+    ) -> End {
         let consumer = match self.subscribe(&channel, queue).await {
             Ok(consumer) => consumer,
             Err(_) if self.link.lost.is_cancelled() => return End::Lost,
             Err(e) => return End::Broken(e.message().to_owned()),
         };
         active();
+        let enrolled = self.shared.roll.enrol(queue);
+        if let Some(watchdog) = watchdog {
+            watchdog.subscribed(Instant::now().into_std());
+        }
         let mut serving = Serving {
             session: self,
             channel: &channel,
@@ -90,7 +102,7 @@ impl Session<'_> {
             worn: HashSet::new(),
             given_back: 0,
         };
-        let end = serving.serve(consumer).await;
+        let end = serving.serve(consumer, watchdog, enrolled).await;
         let given_back = serving.given_back;
         drop(serving);
         if given_back >= MANY && matches!(end, End::Stopped) {
@@ -153,9 +165,19 @@ impl Session<'_> {
 }
 
 impl Serving<'_> {
-    async fn serve(&mut self, consumer: lapin::Consumer) -> End {
+    async fn serve(
+        &mut self,
+        consumer: lapin::Consumer,
+        watchdog: &mut Option<Watchdog>,
+        enrolled: Enrolled,
+    ) -> End {
         let session = self.session;
         let link = session.link;
+        let name = self.queue;
+        // Taken off the roll before the server is told to end the consumer, or a
+        // look in between would miss it.
+        let mut enrolled = Some(enrolled);
+        let mut looking: Option<BoxFuture<'_, Look>> = None;
         let (settle, mut settlements) = mpsc::unbounded_channel();
         let mut settle = Some(settle);
         let mut hearing = true;
@@ -175,12 +197,14 @@ impl Serving<'_> {
                     return End::Stopped;
                 }
                 () = session.stopping.cancelled(), if consumer.is_some() => {
+                    enrolled = None;
                     if let Some(consumer) = consumer.take() {
                         self.stop_reading(consumer, &mut waiting, &mut waiting_tags, &mut settle)
                             .await;
                     }
                 }
                 () = session.deliveries.closed(), if consumer.is_some() => {
+                    enrolled = None;
                     if let Some(consumer) = consumer.take() {
                         self.stop_reading(consumer, &mut waiting, &mut waiting_tags, &mut settle)
                             .await;
@@ -235,6 +259,22 @@ impl Serving<'_> {
                         }
                     }
                     session.shared.recorder.touch_receive();
+                }
+                () = look_due(watchdog), if looking.is_none() && enrolled.is_some() => {
+                    looking = Some(Box::pin(look(session, name)));
+                }
+                found = found(&mut looking) => {
+                    looking = None;
+                    if let Some(watchdog) = watchdog
+                        && enrolled.is_some()
+                        && watchdog.looked(Instant::now().into_std(), found.ours, found.theirs)
+                    {
+                        session.shared.recorder.consumers_revived.inc();
+                        return self.broken(format!(
+                            "the server knows {} consumers of the queue, of {} that are ours",
+                            found.theirs.unwrap_or_default(), found.ours,
+                        ));
+                    }
                 }
                 () = sleep_until(flush_at) => {
                     if let Err(end) = self.flush(true).await {
@@ -354,6 +394,37 @@ async fn next_of(
 ) -> Option<Result<lapin::message::Delivery, lapin::Error>> {
     match consumer {
         Some(consumer) => consumer.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What the server and our own account say of a queue's consumers.
+struct Look {
+    ours: u64,
+    /// None: it could not be asked.
+    theirs: Option<u64>,
+}
+
+async fn look(session: &Session<'_>, queue: &str) -> Look {
+    // One that comes or goes meanwhile is not missed: the fewer counts.
+    let before = session.shared.roll.of(queue);
+    let theirs = queue::look(session.link, queue).await;
+    Look {
+        ours: before.min(session.shared.roll.of(queue)),
+        theirs: theirs.ok().map(|(_, consumers)| consumers),
+    }
+}
+
+async fn look_due(watchdog: &Option<Watchdog>) {
+    match watchdog {
+        Some(watchdog) => tokio::time::sleep_until(watchdog.due().into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn found(looking: &mut Option<BoxFuture<'_, Look>>) -> Look {
+    match looking {
+        Some(looking) => looking.await,
         None => std::future::pending().await,
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{RabbitMqConfig, error, link::Link, topology};
+use super::{RabbitMqConfig, error, link::Link, topology, watchdog::Roll};
 use crate::{
     broker::{ConnectionState, QueueOptions},
     error::Result,
@@ -36,6 +36,8 @@ pub(super) struct Shared {
     pub(super) tasks: TaskTracker,
     /// Counts changes of what was declared, for pattern subscriptions.
     pub(super) declarations: watch::Sender<u64>,
+    /// Consumers that this process has, for the watchdogs.
+    pub(super) roll: Roll,
     notes: Mutex<Notes>,
 }
 
@@ -61,6 +63,7 @@ impl Shared {
             hang_up: CancellationToken::new(),
             tasks: TaskTracker::new(),
             declarations: watch::Sender::new(0),
+            roll: Roll::default(),
             notes: Mutex::default(),
         }
     }
