@@ -25,10 +25,15 @@ use messaging_hub::{
         BrokerType, Consumer, Delivery, HandlerError, MessageBroker, QueueOptions, Received,
         SeekTo, StartFrom, Subscription, TaskQueueBroker, TopicOptions,
     },
-    config::MessagingConfig,
-    hub::{MessagingHub, breaker::BreakerState},
+    config::{CanarySettings, MessagingConfig},
+    hub::{
+        MessagingHub,
+        breaker::BreakerState,
+        route::{RouteKind, RouteSettings},
+    },
     message::Priority,
     secret::Secret,
+    topic::{Pattern, Topic},
     topology::{QueueSpec, Topology, TopologyMode},
 };
 use support::{Kafka, Rabbit, RabbitVersion, need, shared_kafka, shared_rabbit, unique, wait};
@@ -414,6 +419,51 @@ async fn fault_04_fault_08_fault_12_fault_13_both_readers_of_a_stream_outlive_ka
     health_is(&hub, BrokerType::Kafka, true).await;
     all("after").await;
     assert_eq!(system.close().await.left_in_memory_spool, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_canary_comes_back_falls_silent_with_its_broker_and_comes_back_again() {
+    let mut rabbit = need!(Rabbit::start(RabbitVersion::V4).await);
+    let kafka = need!(shared_kafka().await);
+    let route = |pattern: &str, kind, topic: &str| RouteSettings {
+        canary: Some(CanarySettings {
+            topic: Topic::new(topic).unwrap(),
+            every: Duration::from_millis(500),
+            within: Duration::from_secs(5),
+        }),
+        ..RouteSettings::new(Pattern::new(pattern).unwrap(), kind)
+    };
+    let mut config = MessagingConfig {
+        kafka: over_kafka(kafka.bootstrap()).kafka,
+        ..over_rabbitmq(rabbit.url())
+    };
+    config.hub.routes = vec![
+        route("tasks.#", RouteKind::Task, &unique("tasks.canary")),
+        route("events.#", RouteKind::Event, &unique("events.canary")),
+    ];
+    let (system, hub) = started(config).await;
+    // (tasks, events)
+    let are = async |tasks: bool, events: bool| {
+        let what = format!("canaries {tasks}, {events}");
+        wait::until(RECOVERY, &what, async || {
+            let routes = hub.state().routes;
+            let well = |n: usize| routes[n].canary.as_ref().and_then(|c| c.well);
+            well(0) == Some(tasks) && well(1) == Some(events)
+        })
+        .await;
+    };
+    are(true, true).await;
+    assert!(hub.state().routes[0].canary.as_ref().unwrap().latency_ms < Some(5_000.0));
+    rabbit.kill().await;
+    are(false, true).await;
+    let sick = hub.state().routes[0].canary.clone().unwrap();
+    assert!(sick.failures > 0 && sick.reason.is_some(), "{sick:?}");
+    rabbit.restart().await;
+    are(true, true).await;
+    // It is no traffic of the route: nothing of it was spooled or counted.
+    assert!(hub.state().routes.iter().all(|r| r.spool.messages == 0));
+    assert_eq!(hub.metrics().hub.messages_published, 0);
+    system.close().await;
 }
 
 // ---- the fallback ----------------------------------------------------------

@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{broker::BrokerType, topic::Pattern};
+use crate::{
+    broker::BrokerType,
+    topic::{Pattern, Topic},
+};
 
 /// How the hub routes, spools and recovers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -142,6 +145,26 @@ pub struct RouteSettings {
     /// Delay of a failed message. Default by kind, from `retry`.
     #[serde(default, with = "optional_duration")]
     pub retry_delay: Option<Duration>,
+    /// A message of the hub's own that is sent through the primary at an interval
+    /// and waited for at the other end. Default: none.
+    #[serde(default)]
+    pub canary: Option<CanarySettings>,
+}
+
+/// How a route's canary flies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CanarySettings {
+    /// Its topic, which the route's pattern must cover and nobody else should
+    /// use. On RabbitMQ a task route's canary has a queue of that name with a
+    /// suffix for each hub, which goes 10 minutes after the hub.
+    pub topic: Topic,
+    /// From one to the next. Default 30 s.
+    #[serde(default = "half_a_minute", with = "crate::duration")]
+    pub every: Duration,
+    /// How long one may take before it counts as failed. Default 10 s.
+    #[serde(default = "ten_seconds", with = "crate::duration")]
+    pub within: Duration,
 }
 
 /// Kinds of traffic.
@@ -176,6 +199,7 @@ impl RouteSettings {
             during_outage: None,
             spool: true,
             retry_delay: None,
+            canary: None,
         }
     }
 
@@ -277,6 +301,14 @@ impl Default for RetrySettings {
 
 const fn yes() -> bool {
     true
+}
+
+const fn half_a_minute() -> Duration {
+    Duration::from_secs(30)
+}
+
+const fn ten_seconds() -> Duration {
+    Duration::from_secs(10)
 }
 
 mod optional_duration {

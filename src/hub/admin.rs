@@ -186,6 +186,7 @@ impl MessagingHub {
         let durable = self.spool_is_durable();
         #[cfg(not(feature = "journal"))]
         let durable = false;
+        let canaries = lock(&self.0.canaries).clone();
         let mut routes: Vec<RouteState> = table
             .all()
             .iter()
@@ -200,6 +201,7 @@ impl MessagingHub {
                 },
                 drain: DrainState::default(),
                 paused: rules.of_pattern(&r.pattern).hold != Hold::Nothing,
+                canary: canaries.get(&r.pattern).map(|c| c.borrow().clone()),
             })
             .collect();
         let now = Timestamp::now();

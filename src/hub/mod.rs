@@ -12,6 +12,7 @@ mod admin;
 mod adopt;
 mod batch;
 pub mod breaker;
+mod canary;
 mod close;
 mod consume;
 mod controls;
@@ -65,7 +66,7 @@ use self::{
     publish::TopicEntry,
     route::{DuringOutage, Route, RouteKind, RouteTable},
     spool::{Budget, codec::LaneName},
-    state::{StateChange, Weakness},
+    state::{CanaryState, StateChange, Weakness},
 };
 use crate::{
     broker::{BrokerType, ConsumerControl, MessageBroker},
@@ -112,6 +113,8 @@ struct Inner {
     changes: broadcast::Sender<StateChange>,
     recorder: Arc<MetricsRecorder>,
     health: Mutex<HashMap<BrokerType, Arc<Health>>>,
+    /// What the canaries of routes last showed.
+    canaries: Mutex<HashMap<Pattern, watch::Receiver<CanaryState>>>,
     drain_rates: Mutex<metrics::DrainRates>,
     subscriptions: Mutex<Vec<Running>>,
     weakened: Mutex<Vec<Weakness>>,
@@ -198,6 +201,7 @@ impl MessagingHub {
             changes: broadcast::channel(CHANGES_BOUND).0,
             recorder: Arc::default(),
             health: Mutex::default(),
+            canaries: Mutex::default(),
             drain_rates: Mutex::default(),
             subscriptions: Mutex::default(),
             weakened: Mutex::default(),
@@ -256,6 +260,36 @@ impl MessagingHub {
         // Lanes to a broker that was replaced end once what they hold is moved.
         lock(&self.0.lanes).clear();
         self.watch_health();
+        self.fly_canaries();
+    }
+
+    /// Starts the canary of each route that has none yet.
+    fn fly_canaries(&self) {
+        let routes = self.0.config.effective_routes().into_iter();
+        for (settings, pattern) in routes.filter_map(|r| Some((r.canary?, r.pattern))) {
+            let table = lock(&self.0.routes).clone();
+            let Some(route) = table.all().iter().find(|r| r.pattern == pattern) else {
+                continue;
+            };
+            let Some(broker) = self.broker(route.primary) else {
+                continue;
+            };
+            // In this process there is nothing on the way that could break.
+            let embedded = route.primary == BrokerType::InMemory;
+            if embedded || lock(&self.0.canaries).contains_key(&pattern) {
+                continue;
+            }
+            let (state, shown) = watch::channel(CanaryState::default());
+            lock(&self.0.canaries).insert(pattern, shown);
+            self.0.tasks.spawn(canary::fly(canary::Parts {
+                route: route.pattern.to_string(),
+                kind: route.kind,
+                broker,
+                settings,
+                state,
+                closing: self.0.closing.clone(),
+            }));
+        }
     }
 
     /// Starts a prober for each broker that has none.

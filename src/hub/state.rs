@@ -6,6 +6,8 @@ use serde::Serialize;
 use super::{breaker::BreakerState, route::RouteKind};
 use crate::{broker::BrokerType, message::Timestamp};
 
+pub use super::canary::CanaryState;
+
 /// Where a lane, or a whole route, stands. Ordered from good to bad.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -83,6 +85,9 @@ pub struct RouteState {
     pub drain: DrainState,
     /// Whether an operator paused the drain of a lane, or of the whole route.
     pub paused: bool,
+    /// How its canary does, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canary: Option<CanaryState>,
 }
 
 /// What a route's lanes hold.

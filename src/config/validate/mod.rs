@@ -6,7 +6,10 @@ mod brokers;
 
 use std::{fmt, time::Duration};
 
-use super::{DuringOutage, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, settings::split_address};
+use super::{
+    CanarySettings, DuringOutage, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, RouteSettings,
+    settings::split_address,
+};
 use crate::{broker::BrokerType, topology::TopologyMode};
 
 /// One thing that is wrong.
@@ -158,6 +161,9 @@ impl MessagingConfig {
                     "local is for tasks: spooled events are held for their groups, and live readers read along anyway; leave it out",
                 );
             }
+            if let Some(canary) = &route.canary {
+                check_canary(&format!("{path}.canary"), route, canary, found);
+            }
             if !route.spool && route.during_outage == Some(DuringOutage::Local) {
                 found.add(
                     format!("{path}.during_outage"),
@@ -208,6 +214,26 @@ impl MessagingConfig {
                 found.add(format!("hub.routes[{i}].retry_delay"), known());
             }
         }
+    }
+}
+
+fn check_canary(path: &str, route: &RouteSettings, canary: &CanarySettings, found: &mut Found) {
+    positive(canary.every, &format!("{path}.every"), found);
+    positive(canary.within, &format!("{path}.within"), found);
+    if !route.pattern.matches(&canary.topic) {
+        found.add(
+            format!("{path}.topic"),
+            format!(
+                "{} is not a topic of the route's pattern {}",
+                canary.topic, route.pattern
+            ),
+        );
+    }
+    if route.primary == Some(BrokerType::InMemory) {
+        found.add(
+            path,
+            "the embedded broker is in this process and needs no canary; leave it out",
+        );
     }
 }
 

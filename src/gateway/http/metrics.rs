@@ -17,7 +17,7 @@ use crate::{
     hub::{
         HubMetrics,
         breaker::BreakerState,
-        state::{HubState, LaneState},
+        state::{CanaryState, HubState, LaneState},
     },
     metrics::{BrokerMetrics, Histogram},
 };
@@ -135,7 +135,7 @@ impl Page {
             [(vec![], metrics.lanes as f64)],
         )?;
         type Get = fn(&BrokerMetrics) -> u64;
-        let of_brokers: [(&str, &str, Get); 8] = [
+        let of_brokers: [(&str, &str, Get); 9] = [
             (
                 "messaging_broker_connection_attempts_total",
                 "Connections tried",
@@ -145,6 +145,11 @@ impl Page {
                 "messaging_broker_reconnections_total",
                 "Connections tried again after a loss",
                 |m| m.reconnection_attempts,
+            ),
+            (
+                "messaging_broker_consumers_revived_total",
+                "Consumers that the server had lost and that were subscribed again",
+                |m| m.consumers_revived,
             ),
             (
                 "messaging_broker_published_total",
@@ -251,6 +256,30 @@ impl Page {
         ] {
             self.gauges(name, help, &["route"], rows)?;
         }
+        let canary = |value: fn(&CanaryState) -> Option<f64>| {
+            routes()
+                .filter_map(move |r| Some((vec![r.pattern.as_str()], value(r.canary.as_ref()?)?)))
+        };
+        for (name, help, rows) in [
+            (
+                "messaging_canary_up",
+                "1 while the route's canary comes back in time",
+                canary(|c| c.well.map(|well| f64::from(u8::from(well)))),
+            ),
+            (
+                "messaging_canary_latency_seconds",
+                "How long the route's last canary took",
+                canary(|c| c.latency_ms.map(|ms| ms / 1000.0)),
+            ),
+        ] {
+            self.gauges(name, help, &["route"], rows)?;
+        }
+        self.counters(
+            "messaging_canary_failures_total",
+            "Canaries of the route that did not come back in time",
+            &["route"],
+            routes().filter_map(|r| Some((vec![r.pattern.as_str()], r.canary.as_ref()?.failures))),
+        )?;
         let breaker = state.brokers.iter().filter_map(|b| {
             let value = match b.breaker? {
                 BreakerState::Closed => 0.0,
