@@ -25,6 +25,8 @@ pub struct Facts {
     pub reconnects: u64,
     /// When a connection was lost: what was under way then may come twice.
     losses: Vec<Instant>,
+    /// When the strike cost a connection, that the hub should have noticed it.
+    noticed: Option<Instant>,
     /// When a hub died.
     hubs: Vec<Instant>,
     /// What the foreign reader's own losses may repeat.
@@ -94,7 +96,7 @@ impl Facts {
             // A slow link need not cost the connection.
             (Target::RabbitMq, Fault::Slow) if self.reconnects == 0 => {}
             // What was written before the hub noticed.
-            (Target::RabbitMq | Target::Kafka, _) => self.losses.push(struck + HEDGE),
+            (Target::RabbitMq | Target::Kafka, _) => self.noticed = Some(struck + HEDGE),
             _ => {}
         }
     }
@@ -102,14 +104,16 @@ impl Facts {
     /// How often the foreign reader may see something again: for each lost
     /// connection what was published and not known to be delivered, a lane's
     /// window at most; for a lost hub also what nobody had answered; and what
-    /// its own losses repeat.
-    fn bound(&self, cell: Cell, book: &Book) -> u64 {
+    /// its own losses repeat. A machine that let timers go off late, by `late`,
+    /// let the hub notice as late.
+    fn bound(&self, cell: Cell, book: &Book, late: Duration) -> u64 {
         let window = match cell.mode {
             Mode::Events => KAFKA_WINDOW,
             Mode::Hold | Mode::Local => RABBITMQ_WINDOW,
         };
         let doubt = |at: &Instant| in_doubt(book, *at, window);
-        let lost: u64 = self.losses.iter().map(doubt).sum();
+        let noticed = self.noticed.map(|at| at + late);
+        let lost: u64 = self.losses.iter().chain(&noticed).map(doubt).sum();
         let hubs = self.hubs.iter();
         let died: u64 = hubs.map(|at| doubt(at) + book.unanswered_by(*at)).sum();
         lost + died
@@ -137,12 +141,14 @@ pub fn judge(
             .filter(|d| d.finding.group == group);
         own.map(|d| d.extra).sum()
     };
-    let bound = facts.bound(cell, book) + facts.repeatable;
+    let struck = facts.struck.unwrap();
+    let (late, _) = hiccups.worst(struck, struck + HEDGE);
+    let in_doubt = facts.bound(cell, book, late);
+    let bound = in_doubt + facts.repeatable;
     let through_bound = match facts.hubs.len() as u64 {
         0 => 0,
-        hubs => facts.bound(cell, book) + hubs * LEASED,
+        hubs => in_doubt + hubs * LEASED,
     };
-    let struck = facts.struck.unwrap();
     // A server that must start again is away until it has.
     let mending = match (cell.target, cell.fault) {
         (Target::RabbitMq | Target::Kafka, Fault::Kill | Fault::Stop) => facts.mended.unwrap(),

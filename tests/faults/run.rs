@@ -176,7 +176,7 @@ impl Run<'_> {
             Moment::Draining => {
                 for attempt in 0.. {
                     self.saturate().await;
-                    self.make_a_drain().await;
+                    self.make_a_drain(attempt + 1).await;
                     if self.reach_the_drain().await {
                         return;
                     }
@@ -199,9 +199,10 @@ impl Run<'_> {
         .await;
     }
 
-    /// An outage that fills the spool, and its end.
-    async fn make_a_drain(&mut self) {
-        let wanted = self.random.u64(1_500..2_500);
+    /// An outage that fills the spool, and its end. A drain that was over too soon
+    /// is made again from a fuller spool.
+    async fn make_a_drain(&mut self, times: u64) {
+        let wanted = self.random.u64(1_500..2_500) * times;
         if self.cell.mode == Mode::Local {
             // A local reader would empty the spool while it fills.
             self.through.end().await;
