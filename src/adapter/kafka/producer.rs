@@ -4,7 +4,7 @@
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -147,9 +147,21 @@ pub(super) struct Shared {
     room: Notify,
     waiting: AtomicUsize,
     batch_bytes: usize,
+    /// A record was stored, and whoever waits for that has been told.
+    proven: AtomicBool,
+    proof: Notify,
 }
 
 impl Shared {
+    /// Waits until a record was stored.
+    ///
+    /// Cancel safe.
+    pub(super) async fn proven(&self) {
+        while !self.proven.load(Ordering::Acquire) {
+            self.proof.notified().await;
+        }
+    }
+
     fn owe(&self) -> Owed<'_> {
         if self.owed.fetch_add(1, Ordering::AcqRel) == 0 {
             self.touch();
@@ -243,6 +255,11 @@ impl ProducerContext for Context {
         let fate = match result {
             Ok(record) => {
                 shared.link.delivered();
+                if !shared.proven.load(Ordering::Relaxed) {
+                    shared.proven.store(true, Ordering::Release);
+                    // Kept for the one who waits, also if it is not there yet.
+                    shared.proof.notify_one();
+                }
                 // Without acks the broker tells no offset.
                 Fate::Confirmed((record.offset() >= 0).then(|| Position {
                     partition: record.partition(),
@@ -290,6 +307,8 @@ impl Producer {
             room: Notify::new(),
             waiting: AtomicUsize::new(0),
             batch_bytes,
+            proven: AtomicBool::new(false),
+            proof: Notify::new(),
         });
         let inner = ThreadedProducer::from_config_and_context(config, Context(Arc::clone(&shared)))
             .map_err(|e| failed(ErrorCode::InvalidConfig, "the producer's settings", e))?;

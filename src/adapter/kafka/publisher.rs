@@ -7,7 +7,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -20,7 +20,7 @@ use super::{
     error::{fate, invalid},
     link::Link,
     partitioner::Partitioner,
-    producer::{LaneEnd, Producer, Reaper, Record, Reply, Ticket},
+    producer::{self, LaneEnd, Producer, Reaper, Record, Reply, Ticket},
     record,
     topics::Topics,
 };
@@ -34,6 +34,9 @@ use crate::{
     topic::Topic,
 };
 
+/// What a producer is made for: a codec, and the largest batch.
+type Make = (Compression, usize);
+
 /// Opens lanes and keeps the producers under them.
 pub(super) struct Publisher {
     config: Arc<KafkaConfig>,
@@ -41,7 +44,12 @@ pub(super) struct Publisher {
     link: Arc<Link>,
     reaper: Reaper,
     partitioner: Partitioner,
-    producers: Mutex<HashMap<(Compression, usize), Arc<Producer>>>,
+    producers: Mutex<HashMap<Make, Arc<Producer>>>,
+    /// One for each way of producing, idle, for when the one in use is given up.
+    /// An idempotent producer asks for its number when it is made, and the client
+    /// library asks a cluster that is not ready only twice a second: behind an
+    /// outage that costs up to a second, which a number from before it saves.
+    reserves: Mutex<HashMap<Make, Arc<Producer>>>,
     lanes: TaskTracker,
     closing: CancellationToken,
 }
@@ -65,6 +73,7 @@ impl Publisher {
             reaper,
             partitioner,
             producers: Mutex::default(),
+            reserves: Mutex::default(),
             lanes: TaskTracker::new(),
             closing: CancellationToken::new(),
         }
@@ -111,7 +120,12 @@ impl Publisher {
     }
 
     /// Writes one message outside of any lane and waits for its outcome.
-    pub(super) async fn send_one(&self, topic: &Topic, message: &Message, marks: &Marks) -> Fate {
+    pub(super) async fn send_one(
+        self: &Arc<Self>,
+        topic: &Topic,
+        message: &Message,
+        marks: &Marks,
+    ) -> Fate {
         let producer = match self.producer(topic, None) {
             Ok(producer) => producer,
             Err(error) => return Fate::Unsent(error),
@@ -154,6 +168,8 @@ impl Publisher {
         self.closing.cancel();
         self.lanes.close();
         self.lanes.wait().await;
+        let idle = std::mem::take(&mut *guard(&self.reserves));
+        drop(idle);
         let producers: Vec<_> = self.producers().drain().map(|(_, p)| p).collect();
         // What is queued is answered, one way or the other, within this time.
         let within = self.config.message_timeout + FLUSH_SLACK;
@@ -167,7 +183,11 @@ impl Publisher {
     }
 
     /// The producer for a topic and codec; made when there is none that lives.
-    fn producer(&self, topic: &Topic, compression: Option<Compression>) -> Result<Arc<Producer>> {
+    fn producer(
+        self: &Arc<Self>,
+        topic: &Topic,
+        compression: Option<Compression>,
+    ) -> Result<Arc<Producer>> {
         let compression = compression.unwrap_or(self.config.compression);
         // A batch over the topic's limit would be refused whole, small records
         // included. Halving down keeps the number of producers small.
@@ -177,33 +197,68 @@ impl Publisher {
                 batch /= 2;
             }
         }
+        let make = (compression, batch);
         let mut producers = self.living();
-        if let Some(producer) = producers.get(&(compression, batch)) {
+        if let Some(producer) = producers.get(&make) {
             return Ok(Arc::clone(producer));
         }
-        let config = client::producer(&self.config, compression, batch)?;
-        let producer = Arc::new(Producer::new(
-            &config,
-            batch,
-            Arc::clone(&self.link),
-            self.reaper.clone(),
-        )?);
-        producers.insert((compression, batch), Arc::clone(&producer));
+        let reserve = guard(&self.reserves).remove(&make);
+        let producer = match reserve.filter(|p| !p.shared.dead.is_cancelled()) {
+            Some(reserve) => reserve,
+            None => self.make(make)?,
+        };
+        producers.insert(make, Arc::clone(&producer));
+        drop(producers);
+        let this = Arc::clone(self);
         let shared = Arc::clone(&producer.shared);
-        let closing = self.closing.clone();
+        self.lanes
+            .spawn(async move { this.look_after(make, &shared).await });
+        Ok(producer)
+    }
+
+    fn make(&self, (compression, batch): Make) -> Result<Arc<Producer>> {
+        let config = client::producer(&self.config, compression, batch)?;
+        let link = Arc::clone(&self.link);
+        Producer::new(&config, batch, link, self.reaper.clone()).map(Arc::new)
+    }
+
+    /// Gives a producer a reserve once it works, and gives it up when it stands
+    /// still.
+    async fn look_after(&self, make: Make, shared: &producer::Shared) {
         let limit = self.config.message_timeout;
-        self.lanes.spawn(async move {
+        let mut without = self.config.enable_idempotence;
+        loop {
             tokio::select! {
+                () = shared.proven(), if without => {
+                    without = false;
+                    self.reserve(make);
+                }
                 () = shared.stalled(limit) => {
                     tracing::warn!(target: "messaging_hub::kafka", ?limit,
                         "no outcome came for so long that the producer is given up");
                     shared.dead.cancel();
+                    return;
                 }
-                () = shared.dead.cancelled() => {}
-                () = closing.cancelled() => {}
+                () = shared.dead.cancelled() => return,
+                () = self.closing.cancelled() => return,
             }
-        });
-        Ok(producer)
+        }
+    }
+
+    fn reserve(&self, make: Make) {
+        match self.make(make) {
+            Ok(producer) => {
+                let mut reserves = guard(&self.reserves);
+                // Looked at under the lock: `close` empties the map after it.
+                if !self.closing.is_cancelled() {
+                    reserves.insert(make, producer);
+                }
+            }
+            // The next producer is made when it is needed.
+            Err(error) => {
+                tracing::debug!(target: "messaging_hub::kafka", %error, "no reserve producer");
+            }
+        }
     }
 
     /// How many partitions a topic has. One that is missing from the last look
@@ -279,18 +334,20 @@ impl Publisher {
 
     /// The producers that live; the others are let go of, which purges them once
     /// nobody else holds on to them.
-    fn living(&self) -> std::sync::MutexGuard<'_, HashMap<(Compression, usize), Arc<Producer>>> {
+    fn living(&self) -> MutexGuard<'_, HashMap<Make, Arc<Producer>>> {
         let mut producers = self.producers();
         producers.retain(|_, p| !p.shared.dead.is_cancelled());
         producers
     }
 
-    fn producers(&self) -> std::sync::MutexGuard<'_, HashMap<(Compression, usize), Arc<Producer>>> {
-        // Nothing under this lock can stop half-way, so a poisoned map is whole.
-        self.producers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn producers(&self) -> MutexGuard<'_, HashMap<Make, Arc<Producer>>> {
+        guard(&self.producers)
     }
+}
+
+fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing under these locks can stop half-way, so a poisoned map is whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The task of one lane.
