@@ -273,8 +273,6 @@ fn deliver(bootstrap: &str, topic: &str, over: &AtomicBool) -> Option<Instant> {
         .set("reconnect.backoff.ms", "50")
         .set("reconnect.backoff.max.ms", "200")
         .set("linger.ms", "0")
-        // As the hub writes: an idempotent producer asks for its number first.
-        .set("enable.idempotence", "true")
         .create_with_context(First(std::sync::Mutex::new(None)))
         .unwrap();
     let record = BaseRecord::to(topic).key(PROBE).payload("probe");

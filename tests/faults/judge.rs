@@ -19,6 +19,9 @@ use crate::through::LEASED;
 #[derive(Default)]
 pub struct Facts {
     pub struck: Option<Instant>,
+    /// When the blow had been dealt: a process that is killed takes messages up
+    /// to its last moment.
+    pub gone: Option<Instant>,
     pub mending: Option<Instant>,
     pub mended: Option<Instant>,
     /// Connections that the hub made to the broker from the strike on.
@@ -92,7 +95,7 @@ impl Facts {
     pub fn count_the_strike(&mut self, cell: Cell) {
         let struck = self.struck.expect("struck");
         match (cell.target, cell.fault) {
-            (Target::Hub, Fault::Kill | Fault::Stop) => self.hubs.push(struck),
+            (Target::Hub, Fault::Kill | Fault::Stop) => self.hubs.push(self.gone.unwrap_or(struck)),
             // A slow link need not cost the connection.
             (Target::RabbitMq, Fault::Slow) if self.reconnects == 0 => {}
             // What was written before the hub noticed.

@@ -140,6 +140,7 @@ impl Run<'_> {
         self.facts.struck = Some(Instant::now());
         self.facts.reconnects = self.site.link.counters().accepted;
         self.strike().await;
+        self.facts.gone = Some(Instant::now());
         self.outage().await;
         self.says("mend");
         self.mend().await;
@@ -214,7 +215,12 @@ impl Run<'_> {
         })
         .await;
         // So that the drain can be seen: it lasts some seconds.
-        self.site.link.set_rate(Some(NARROW));
+        let narrow = match self.cell.mode {
+            // Written in compressed batches.
+            Mode::Events => NARROW / 20,
+            Mode::Hold | Mode::Local => NARROW,
+        };
+        self.site.link.set_rate(Some(narrow));
         self.site.link.heal().await;
     }
 
