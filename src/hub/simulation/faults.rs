@@ -79,6 +79,7 @@ impl World {
     /// A fault strikes a lane of a process, and whatever stands beside it.
     pub(super) fn strike(&mut self, fault: Fault, p: usize, l: usize) {
         let b = usize::from(l > 0);
+        self.struck += 1;
         self.note_hits(fault, p, b);
         self.trace(|| format!("FAULT {} at process {p} lane {l}", fault.name()));
         match fault {

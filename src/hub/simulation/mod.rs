@@ -42,6 +42,9 @@ const SEEDS: u64 = 2_000;
 /// Least messages of a run.
 const LEAST_MESSAGES: usize = 200;
 
+/// Least faults that strike in a run.
+const LEAST_FAULTS: usize = 3;
+
 /// Runs a seed; a panic of the code under test is a violation like any other.
 fn run(seed: u64, trace: u8) -> Result<Report, String> {
     catch_unwind(AssertUnwindSafe(|| World::new(seed, trace).run())).map_err(|cause| {
@@ -124,6 +127,11 @@ fn the_contract_holds_in_every_simulated_run() {
                             report.messages >= LEAST_MESSAGES,
                             "seed {seed}: {} messages",
                             report.messages
+                        );
+                        assert!(
+                            report.faults >= LEAST_FAULTS,
+                            "seed {seed}: {} faults",
+                            report.faults
                         );
                         table.add(&report.table);
                         runs += 1;

@@ -125,6 +125,8 @@ pub(super) struct World {
     pub(super) letters_in_memory: BTreeSet<(usize, u32, Attempt)>,
     /// Faults that wait for a lane to come into a state.
     armed: Vec<(LaneState, Fault)>,
+    /// Faults that struck.
+    pub(super) struck: usize,
     pub(super) healed: bool,
     healed_at: u64,
     done: bool,
@@ -140,6 +142,7 @@ pub(super) struct Report {
     pub(super) violation: Option<Violation>,
     pub(super) table: Table,
     pub(super) messages: usize,
+    pub(super) faults: usize,
     pub(super) lines: VecDeque<String>,
 }
 
@@ -198,6 +201,7 @@ impl World {
             letters: HashMap::new(),
             letters_in_memory: BTreeSet::new(),
             armed: Vec::new(),
+            struck: 0,
             healed: false,
             healed_at: 0,
             done: false,
@@ -233,7 +237,7 @@ impl World {
             }
         }
         // Something has to move the lanes for those that wait.
-        for _ in 0..2 {
+        for _ in 0..3 {
             let mover = [
                 Fault::CrashKeeping,
                 Fault::CrashLosing,
@@ -280,6 +284,7 @@ impl World {
             violation: self.oracle.violation,
             table: self.table,
             messages: self.oracle.lives.len(),
+            faults: self.struck,
             lines: self.lines.unwrap_or_default(),
         }
     }
