@@ -84,6 +84,11 @@ async fn begin(folder: &Path, kind: &str, broker: &str, bytes: usize) -> Hub {
     })
     .await;
     publish(&hub, 0, 1, bytes).await;
+    // A lane that was just being opened may have spooled it.
+    wait::until(LIMIT, "the first message at the broker", async || {
+        hub.spooled().await == 0
+    })
+    .await;
     hub
 }
 
