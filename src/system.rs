@@ -148,6 +148,7 @@ impl MessagingSystem {
         }
         #[cfg(feature = "journal")]
         if let Some(dir) = self.config.journal_dir() {
+            self.hub.keep_handled_in(dir).await?;
             if fallback && !alone {
                 self.hub.keep_spool_in(dir).await?;
             } else {

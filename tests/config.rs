@@ -824,11 +824,11 @@ fn what_a_configuration_weakens_is_said_with_its_clause() {
     has(
         &from_env(&[]),
         "no broker is used, and nothing is kept on a disk",
-        "C2",
+        "C2, C6",
     );
     let shipped = load(BLOCKS, &[]);
     has(&shipped, "RabbitMQ has a default password", "security");
-    has(&shipped, "the fallback keeps messages in memory", "C2");
+    has(&shipped, "the fallback keeps messages in memory", "C2, C6");
     has(&shipped, "classic queues: helixagent.tasks.llm", "C2");
     has(&shipped, "every topic has one replica", "C2");
     let weak = load(

@@ -40,7 +40,8 @@ pub struct HubSettings {
     /// own id is answered and not sent. Default 10 min, 1,000,000.
     pub intake_window: WindowSettings,
     /// For how long, and for how many ids, a group handles an id once. Default
-    /// 24 h, 1,000,000. Cost: about 100 bytes an id.
+    /// 24 h, 1,000,000. Cost: about 100 bytes an id in memory, and 50 in the data
+    /// folder, where there is one.
     pub dedup_window: WindowSettings,
     /// How often and when a failed message is tried again.
     pub retry: RetrySettings,

@@ -125,7 +125,7 @@ pub const VARIABLES: &[Variable] = &[
         |c, v| { c.server.allowed_hosts = split_list(v); Ok(()) }),
     hub("MESSAGING_ALLOWED_ORIGINS", "", "further values of Origin to answer, comma-separated",
         |c, v| { c.server.allowed_origins = split_list(v); Ok(()) }),
-    hub("MESSAGING_DATA_DIR", "", "folder for what survives the process: spool, queues, streams",
+    hub("MESSAGING_DATA_DIR", "", "folder for what survives the process: spool, queues, streams, handled ids",
         |c, v| { c.data_dir = Some(PathBuf::from(v)); Ok(()) }),
     hub("MESSAGING_MAX_MESSAGE_BYTES", "10485760", "largest message, at every entrance and broker",
         |c, v| set(&mut c.max_message_bytes, number(v))),

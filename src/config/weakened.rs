@@ -30,8 +30,8 @@ pub fn weakened(config: &MessagingConfig) -> Vec<Weakened> {
         if config.journal_dir().is_none() {
             found.add(
                 "no broker is used, and nothing is kept on a disk",
-                "C2",
-                "messages live in this process and do not survive it",
+                "C2, C6",
+                "messages live in this process and do not survive it, nor does what is known of them",
             );
         }
     } else if !config.fallback.enabled {
@@ -44,8 +44,8 @@ pub fn weakened(config: &MessagingConfig) -> Vec<Weakened> {
         if config.journal_dir().is_none() {
             found.add(
                 "the fallback keeps messages in memory",
-                "C2",
-                "what is spooled survives the brokers, but not this process",
+                "C2, C6",
+                "what is spooled survives the brokers, but not this process; what was handled and not settled may be handed out again after a restart",
             );
         }
         hub(&config.hub, &mut found);

@@ -118,11 +118,43 @@ impl MessagingHub {
         Ok(())
     }
 
+    /// Sets a group's positions where its reader says that it stands, which may lie
+    /// before what was handed to it: that is handed out again.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::seek`]; the first broker's error.
+    pub async fn resume_group(
+        &self,
+        group: &str,
+        positions: &BTreeMap<(String, i32), i64>,
+    ) -> Result<()> {
+        self.forget_handled(group).await?;
+        self.commit_positions(group, positions).await
+    }
+
+    /// A group's position is moved on purpose: what it handled is new again, here
+    /// and after a restart.
+    #[cfg_attr(
+        not(feature = "journal"),
+        allow(clippy::unused_async, reason = "only a disk is waited for")
+    )]
+    async fn forget_handled(&self, group: &str) -> Result<()> {
+        let name = format!("group:{group}");
+        let known = lock(&self.0.groups).get(&name).cloned();
+        if let Some(known) = known {
+            known.forget();
+        }
+        #[cfg(feature = "journal")]
+        self.forget_kept(&name).await?;
+        Ok(())
+    }
+
     /// Moves a group's position. What the group handled before may be handled
     /// again: that is what moving back is for.
     ///
     /// # Errors
-    /// Why the broker refused.
+    /// Why the broker refused; `OPERATION_CANCELED` when the data folder could not
+    /// forget what the group handled.
     pub async fn seek(
         &self,
         group: &str,
@@ -134,10 +166,7 @@ impl MessagingHub {
         let entry = self.entry(&topic)?;
         match entry.broker.event_stream() {
             Some(broker) => {
-                let known = lock(&self.0.groups).get(&format!("group:{group}")).cloned();
-                if let Some(group) = known {
-                    group.forget();
-                }
+                self.forget_handled(group).await?;
                 broker.seek(group, &topic, partition, to).await
             }
             None => Err(unsupported(entry.broker.broker_type(), "streams").on(topic.as_str())),
@@ -228,6 +257,10 @@ impl MessagingHub {
                 route.spool.messages,
             );
         }
+        #[cfg_attr(not(feature = "journal"), allow(unused_mut, reason = "no disk fails"))]
+        let mut weakened = lock(&self.0.weakened).clone();
+        #[cfg(feature = "journal")]
+        weakened.extend(self.memory_weakness());
         HubState {
             version: env!("CARGO_PKG_VERSION"),
             routes,
@@ -250,7 +283,7 @@ impl MessagingHub {
                     }
                 })
                 .collect(),
-            weakened: lock(&self.0.weakened).clone(),
+            weakened,
         }
     }
 

@@ -1,5 +1,7 @@
 //! Taking over the spool of a process that will not come back: each message is
-//! published here, and let go of there only when this hub has it.
+//! published here, and let go of there only when this hub has it. What that process
+//! had handled is not taken over: its brokers have given what was unsettled to others
+//! long before anybody adopts, and what is moved is marked as a possible duplicate.
 
 use std::{collections::VecDeque, path::Path, sync::Arc};
 

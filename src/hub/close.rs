@@ -19,7 +19,7 @@ pub struct CloseReport {
     pub handlers_given_up: u64,
 }
 
-/// What closing the spool's files gets at least.
+/// What closing the files in the data folder gets at least.
 #[cfg(feature = "journal")]
 const CLOSE_SLACK: Duration = Duration::from_secs(5);
 
@@ -92,6 +92,9 @@ impl MessagingHub {
             drop(letters);
             let _ = tokio::time::timeout_at(start + grace, task).await;
         }
+        // Nothing is handled after the spans.
+        #[cfg(feature = "journal")]
+        self.close_memory(start + grace.max(CLOSE_SLACK)).await;
         // The dead letters' task was the last that lets go of spooled messages.
         #[cfg(feature = "journal")]
         if tokio::time::timeout_at(start + grace.max(CLOSE_SLACK), self.close_spool())

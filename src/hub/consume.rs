@@ -32,7 +32,7 @@ const LEASE_LINGER: Duration = Duration::from_millis(20);
 const LEASE_GATHER: Duration = Duration::from_millis(200);
 
 /// Groups whose handled ids are remembered while nobody reads for them.
-const MAX_GROUPS: usize = 1024;
+pub(super) const MAX_GROUPS: usize = 1024;
 
 /// Deliveries of one lease request at most.
 const MAX_LEASE: usize = 1000;
@@ -430,9 +430,11 @@ impl MessagingHub {
             // memory, and may see a repeat.
             groups.retain(|_, g| Arc::strong_count(g) > 1);
         }
-        groups
-            .entry(name)
-            .or_insert_with(|| Arc::new(Group::new(&self.0.config.dedup_window)))
-            .clone()
+        if let Some(known) = groups.get(&name) {
+            return known.clone();
+        }
+        let group = Arc::new(self.new_group(&name));
+        groups.insert(name, group.clone());
+        group
     }
 }

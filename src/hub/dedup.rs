@@ -7,35 +7,95 @@
 //! new, a copy of that attempt is not, and two never run at once.
 //!
 //! Pure: no clock, no channel, no task. Ids are kept as 128-bit keyed hashes, so
-//! that memory is flat: about 80 bytes for each id, however long ids are. Two
-//! hashes with independent random keys make it infeasible to choose colliding
-//! ids; by chance, a window of one million ids mistakes a new id for a known one
-//! with odds of 10^6 / 2^128, about 3 in 10^33, for each delivery.
+//! that memory is flat: about 80 bytes for each id, however long ids are. The
+//! random key makes it infeasible to choose colliding ids; by chance, a window of
+//! one million ids mistakes a new id for a known one with odds of 10^6 / 2^128,
+//! about 3 in 10^33, for each delivery. Where ids are kept on a disk (`handled`)
+//! the key is kept with them.
 
 use std::{
     collections::{HashMap, VecDeque},
-    hash::{BuildHasher, RandomState},
+    fmt,
+    hash::Hasher,
     time::Duration,
 };
 
+use siphasher::sip128::{Hasher128, SipHasher13};
+use uuid::Uuid;
+
 use crate::message::Timestamp;
 
-/// Hashes (topic, id) with keys that are random in each process.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct IdHasher(RandomState, RandomState);
+/// Hashes (topic, id) with a secret key. The same key gives the same hashes in
+/// every process and every version of this program.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct IdHasher([u8; 16]);
 
 /// The hash of a topic and an id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct IdHash([u64; 2]);
 
 impl IdHasher {
+    /// A key that nobody can guess.
+    pub(crate) fn random() -> Self {
+        // 122 of its bits are from the operating system's generator.
+        Self(Uuid::new_v4().into_bytes())
+    }
+
+    /// A key that was kept.
+    pub(crate) fn with_key(key: [u8; 16]) -> Self {
+        Self(key)
+    }
+
+    /// The key, to be kept where the ids are.
+    pub(crate) fn key(&self) -> [u8; 16] {
+        self.0
+    }
+
     /// The hash of an id in a topic.
     pub(crate) fn hash(&self, topic: &str, id: &str) -> IdHash {
-        // A tuple of texts is hashed with terminators, so ("ab", "c") differs
-        // from ("a", "bc").
-        IdHash([self.0.hash_one((topic, id)), self.1.hash_one((topic, id))])
+        let mut hasher = SipHasher13::new_with_key(&self.0);
+        hasher.write(topic.as_bytes());
+        // In no text, so ("ab", "c") differs from ("a", "bc").
+        hasher.write(&[0xff]);
+        hasher.write(id.as_bytes());
+        let hash = hasher.finish128();
+        IdHash([hash.h1, hash.h2])
     }
 }
+
+impl fmt::Debug for IdHasher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("IdHasher")
+    }
+}
+
+impl IdHash {
+    /// As bytes, to be kept.
+    pub(crate) fn to_bytes(self) -> [u8; 16] {
+        (u128::from(self.0[0]) | u128::from(self.0[1]) << 64).to_le_bytes()
+    }
+
+    /// From bytes that were kept.
+    pub(crate) fn from_bytes(bytes: [u8; 16]) -> Self {
+        let both = u128::from_le_bytes(bytes);
+        Self([both as u64, (both >> 64) as u64])
+    }
+}
+
+/// What a window learned of an id, to be kept on a disk and brought back by
+/// [`DedupWindow::restore`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Handled {
+    /// When, in whole seconds since the epoch.
+    pub(crate) at: u64,
+    pub(crate) id: IdHash,
+    pub(crate) attempt: Attempt,
+}
+
+/// The attempt, shifted left by one; the lowest bit says that no further attempt
+/// follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Attempt(pub(crate) u32);
 
 /// The window of one group. `T` stands for a parked delivery.
 #[derive(Debug)]
@@ -96,6 +156,8 @@ pub(crate) struct Parking {
 /// What follows from the end of a lease.
 #[derive(Debug)]
 pub(crate) struct Ended<T> {
+    /// What the window learned, if anything.
+    pub(crate) handled: Option<Handled>,
     /// Parked deliveries to settle as duplicates.
     pub(crate) duplicates: Vec<T>,
     /// A parked delivery to hand out now.
@@ -106,9 +168,7 @@ pub(crate) struct Ended<T> {
 #[derive(Clone, Copy, Debug)]
 struct Settled {
     at: u32,
-    /// The attempt, shifted left by one; the lowest bit says that no further
-    /// attempt follows.
-    attempt: u32,
+    attempt: Attempt,
 }
 
 #[derive(Debug)]
@@ -120,17 +180,17 @@ struct Leased<T> {
 
 impl<T> Default for DedupWindow<T> {
     fn default() -> Self {
-        Self::new(MAX_IDS, MAX_AGE)
+        Self::new(MAX_IDS, MAX_AGE, IdHasher::random())
     }
 }
 
 impl<T> DedupWindow<T> {
     /// A window of at most `max_ids` settled ids, each for at most `max_age`.
-    pub(crate) fn new(max_ids: usize, max_age: Duration) -> Self {
+    pub(crate) fn new(max_ids: usize, max_age: Duration, hasher: IdHasher) -> Self {
         Self {
             max_ids,
             max_age: u32::try_from(max_age.as_secs()).unwrap_or(u32::MAX),
-            hasher: IdHasher::default(),
+            hasher,
             base: None,
             settled: HashMap::new(),
             order: VecDeque::new(),
@@ -194,20 +254,20 @@ impl<T> DedupWindow<T> {
             return Ended::nothing();
         };
         Ended {
-            duplicates: Vec::new(),
             promoted: self.promote(lease.id, parked),
+            ..Ended::nothing()
         }
     }
 
-    /// Notes that an id was handled, as read from a journal, oldest first.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "the journal will restore windows with it")
-    )]
-    pub(crate) fn restore(&mut self, at: Timestamp, (topic, id): (&str, &str), attempt: u32) {
-        let id = self.hasher.hash(topic, id);
-        self.note(at, id, attempt, true);
+    /// Learns again what a window of the same key had learned before, oldest
+    /// first.
+    pub(crate) fn restore(&mut self, handled: Handled) {
+        let at = handled.time();
+        self.note(at, handled.id, handled.attempt);
+        // Whoever counts has counted these already.
+        let counts = self.counts;
         self.evict(at);
+        self.counts = counts;
     }
 
     /// Forgets an id that was handled, so that it is handled again: a dead
@@ -265,7 +325,8 @@ impl<T> DedupWindow<T> {
         let Some(parked) = self.end(&lease) else {
             return Ended::nothing();
         };
-        self.note(now, id, attempt, done);
+        let attempt_over = Attempt::new(attempt, done);
+        self.note(now, id, attempt_over);
         let (over, open): (VecDeque<_>, VecDeque<_>) = parked
             .into_iter()
             .partition(|(parked, _)| done || *parked <= attempt);
@@ -273,14 +334,14 @@ impl<T> DedupWindow<T> {
         let promoted = self.promote(id, open);
         self.evict(now);
         Ended {
+            handled: Some(Handled::new(now, id, attempt_over)),
             duplicates: over.into_iter().map(|(_, token)| token).collect(),
             promoted,
         }
     }
 
-    fn note(&mut self, now: Timestamp, id: IdHash, attempt: u32, done: bool) {
+    fn note(&mut self, now: Timestamp, id: IdHash, attempt: Attempt) {
         let at = self.seconds(now);
-        let attempt = attempt.min(u32::MAX >> 1) << 1 | u32::from(done);
         self.settled.insert(id, Settled { at, attempt });
         self.order.push_back((at, id));
     }
@@ -337,16 +398,35 @@ impl<T> DedupWindow<T> {
     }
 }
 
+impl Attempt {
+    fn new(attempt: u32, done: bool) -> Self {
+        Self(attempt.min(u32::MAX >> 1) << 1 | u32::from(done))
+    }
+}
+
 impl Settled {
     /// Whether an attempt is over.
     fn covers(self, attempt: u32) -> bool {
-        self.attempt & 1 == 1 || attempt <= self.attempt >> 1
+        self.attempt.0 & 1 == 1 || attempt <= self.attempt.0 >> 1
+    }
+}
+
+impl Handled {
+    fn new(at: Timestamp, id: IdHash, attempt: Attempt) -> Self {
+        let at = u64::try_from(at.as_millis() / 1000).unwrap_or(0);
+        Self { at, id, attempt }
+    }
+
+    fn time(self) -> Timestamp {
+        let seconds = i64::try_from(self.at).unwrap_or(i64::MAX);
+        Timestamp::from_millis(seconds.saturating_mul(1000))
     }
 }
 
 impl<T> Ended<T> {
     fn nothing() -> Self {
         Self {
+            handled: None,
             duplicates: Vec::new(),
             promoted: None,
         }

@@ -8,6 +8,10 @@ use super::*;
 
 const TOPIC: &str = "tasks.test";
 
+fn window<T>(ids: usize, age: u64) -> DedupWindow<T> {
+    DedupWindow::new(ids, Duration::from_secs(age), IdHasher::random())
+}
+
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_millis(1_700_000_000_000 + seconds * 1000)
 }
@@ -96,7 +100,7 @@ fn a_retry_that_overtakes_the_end_of_its_attempt_waits_for_it() {
 
 #[test]
 fn an_id_is_forgotten_with_age() {
-    let mut w = DedupWindow::<u32>::new(10, Duration::from_secs(60));
+    let mut w = window::<u32>(10, 60);
     let first = granted(w.offer(at(0), (TOPIC, "a"), 0));
     w.commit(at(0), first);
     assert!(matches!(w.offer(at(59), (TOPIC, "a"), 0), Offer::Committed));
@@ -106,7 +110,7 @@ fn an_id_is_forgotten_with_age() {
 
 #[test]
 fn a_window_that_is_too_short_says_so() {
-    let mut w = DedupWindow::<u32>::new(10, Duration::from_secs(60));
+    let mut w = window::<u32>(10, 60);
     for n in 0..25 {
         let one = granted(w.offer(at(0), (TOPIC, &n.to_string()), 0));
         w.commit(at(0), one);
@@ -117,7 +121,7 @@ fn a_window_that_is_too_short_says_so() {
 
 #[test]
 fn a_lease_outlives_any_eviction() {
-    let mut w = DedupWindow::<u32>::new(1, Duration::from_secs(1));
+    let mut w = window::<u32>(1, 1);
     let held = granted(w.offer(at(0), (TOPIC, "held"), 0));
     for n in 0..5 {
         let one = granted(w.offer(at(n * 10), (TOPIC, &n.to_string()), 0));
@@ -132,11 +136,43 @@ fn a_lease_outlives_any_eviction() {
 
 #[test]
 fn what_was_read_from_a_journal_is_known_and_what_was_forgotten_is_not() {
-    let mut w = DedupWindow::<u32>::default();
-    w.restore(at(0), (TOPIC, "a"), 0);
-    assert!(matches!(w.offer(at(1), (TOPIC, "a"), 0), Offer::Committed));
+    let hasher = IdHasher::random();
+    let mut before = DedupWindow::<u32>::new(10, MAX_AGE, hasher);
+    let first = granted(before.offer(at(0), (TOPIC, "a"), 0));
+    let handled = before.commit(at(0), first).handled.unwrap();
+    let first = granted(before.offer(at(0), (TOPIC, "b"), 0));
+    let retried = before.retried(at(0), first).handled.unwrap();
+    let mut w = DedupWindow::<u32>::new(10, MAX_AGE, hasher);
+    w.restore(handled);
+    w.restore(retried);
+    assert!(matches!(w.offer(at(1), (TOPIC, "b"), 0), Offer::Committed));
+    assert!(matches!(w.offer(at(1), (TOPIC, "b"), 1), Offer::New(_)));
+    assert!(matches!(w.offer(at(1), (TOPIC, "a"), 7), Offer::Committed));
     w.forget((TOPIC, "a"));
     assert!(matches!(w.offer(at(1), (TOPIC, "a"), 0), Offer::New(_)));
+}
+
+#[test]
+fn what_is_brought_back_beyond_the_room_is_not_counted_again() {
+    let mut w = window::<u32>(10, 60);
+    for n in 0..25_u8 {
+        w.restore(Handled {
+            at: u64::from(n),
+            id: IdHash::from_bytes([n; 16]),
+            attempt: Attempt(1),
+        });
+    }
+    assert_eq!((w.len(), w.counts().forgotten_early), (10, 0));
+}
+
+/// Hashes are on disks: no version may compute others.
+#[test]
+fn a_key_gives_the_same_hashes_for_ever() {
+    let hash = IdHasher::with_key(*b"0123456789abcdef").hash(TOPIC, "a");
+    assert_eq!(IdHash::from_bytes(hash.to_bytes()), hash);
+    assert_eq!(hash, IdHash([0xb49c_c6e7_a30e_49b7, 0x903c_5b51_30a3_1393]));
+    let other = IdHasher::random();
+    assert_ne!(other.hash("ab", "c"), other.hash("a", "bc"));
 }
 
 #[test]
@@ -265,7 +301,7 @@ impl Hub {
 proptest! {
     #[test]
     fn no_id_runs_twice_and_nothing_parked_is_forgotten(steps in steps()) {
-        let mut window = DedupWindow::new(1000, Duration::from_secs(AGE as u64));
+        let mut window = window(1000, AGE as u64);
         let mut hub = Hub::default();
         for step in &steps {
             hub.step(&mut window, step);

@@ -4,7 +4,8 @@
 use std::sync::Mutex;
 
 use super::{
-    dedup::{DedupWindow, Ended, Offer},
+    dedup::{DedupWindow, Ended, IdHasher, Offer},
+    handled::Notes,
     lock,
 };
 use crate::{
@@ -28,13 +29,31 @@ pub(crate) enum Taken {
 #[derive(Debug)]
 pub(crate) struct Group {
     window: Mutex<DedupWindow<Delivery>>,
+    /// Where it notes what it handled, so that it outlives the process.
+    notes: Option<Notes>,
+}
+
+/// An empty window of these settings.
+pub(crate) fn window(settings: &WindowSettings, hasher: IdHasher) -> DedupWindow<Delivery> {
+    let ids = usize::try_from(settings.ids).unwrap_or(usize::MAX);
+    DedupWindow::new(ids, settings.age, hasher)
 }
 
 impl Group {
+    /// A group that is forgotten with the process.
     pub(crate) fn new(settings: &WindowSettings) -> Self {
-        let ids = usize::try_from(settings.ids).unwrap_or(usize::MAX);
         Self {
-            window: Mutex::new(DedupWindow::new(ids, settings.age)),
+            window: Mutex::new(window(settings, IdHasher::random())),
+            notes: None,
+        }
+    }
+
+    /// A group whose window, as far as it was filled already, is kept.
+    #[cfg(feature = "journal")]
+    pub(crate) fn kept(window: DedupWindow<Delivery>, notes: Notes) -> Self {
+        Self {
+            window: Mutex::new(window),
+            notes: Some(notes),
         }
     }
 
@@ -69,20 +88,17 @@ impl Group {
 
     /// The id was handled, or is in the dead letters.
     pub(crate) fn commit(&self, lease: Lease) {
-        let ended = lock(&self.window).commit(Timestamp::now(), lease);
-        self.finish(ended);
+        self.end(|window| window.commit(Timestamp::now(), lease));
     }
 
     /// This attempt is over, another was given to the broker.
     pub(crate) fn retried(&self, lease: Lease) {
-        let ended = lock(&self.window).retried(Timestamp::now(), lease);
-        self.finish(ended);
+        self.end(|window| window.retried(Timestamp::now(), lease));
     }
 
     /// It was not handled and comes again.
     pub(crate) fn release(&self, lease: Lease) {
-        let ended = lock(&self.window).release(lease);
-        self.finish(ended);
+        self.end(|window| window.release(lease));
     }
 
     /// Forgets everything that was handled, because the group's position was
@@ -97,6 +113,17 @@ impl Group {
 
     pub(crate) fn overflows(&self) -> u64 {
         lock(&self.window).counts().forgotten_early
+    }
+
+    fn end(&self, by: impl FnOnce(&mut DedupWindow<Delivery>) -> Ended<Delivery>) {
+        let mut window = lock(&self.window);
+        let ended = by(&mut window);
+        if let (Some(notes), Some(handled)) = (&self.notes, ended.handled) {
+            // Under the lock: an attempt is noted behind the one before it.
+            notes.handled(handled);
+        }
+        drop(window);
+        self.finish(ended);
     }
 
     fn finish(&self, mut ended: Ended<Delivery>) {

@@ -90,7 +90,7 @@ impl<O, J> Default for IntakeWindow<O, J> {
         Self {
             max_ids: MAX_IDS,
             max_age: MAX_AGE,
-            hasher: IdHasher::default(),
+            hasher: IdHasher::random(),
             entries: HashMap::new(),
             order: VecDeque::new(),
             serial: 0,

@@ -25,6 +25,9 @@ pub struct HubMetrics {
     pub repeats_joined: u64,
     /// Ids that left a dedup window before their time because it was full.
     pub dedup_overflows: u64,
+    /// Handled ids that a window has and the data folder, where there is one, has
+    /// not: after a restart their messages may be handed out again.
+    pub handled_unkept: u64,
     /// Lanes that are open.
     pub lanes: u64,
 }
@@ -45,6 +48,10 @@ impl MessagingHub {
             duplicates_suppressed: groups.iter().map(|g| g.suppressed()).sum(),
             repeats_joined: self.0.accepted.joined(),
             dedup_overflows: groups.iter().map(|g| g.overflows()).sum(),
+            #[cfg(feature = "journal")]
+            handled_unkept: self.unkept_ids(),
+            #[cfg(not(feature = "journal"))]
+            handled_unkept: 0,
             lanes: lock(&self.0.lanes).len() as u64,
         }
     }

@@ -17,9 +17,18 @@ mod close;
 mod consume;
 mod controls;
 mod dead;
+#[cfg_attr(
+    not(feature = "journal"),
+    allow(dead_code, reason = "only the journal brings windows back")
+)]
 mod dedup;
 mod found;
 mod group;
+#[cfg_attr(
+    not(feature = "journal"),
+    allow(dead_code, reason = "only the journal keeps handled ids")
+)]
+mod handled;
 mod handover;
 mod health;
 mod intake;
@@ -30,6 +39,8 @@ mod metrics;
 pub mod operator;
 mod publish;
 mod publisher;
+#[cfg(feature = "journal")]
+mod remember;
 pub mod route;
 #[cfg(test)]
 mod simulation;
@@ -104,6 +115,9 @@ struct Inner {
     /// Where spools are kept; none: in memory.
     #[cfg(feature = "journal")]
     spool_log: Mutex<Option<Arc<spool::journal::SpoolLog>>>,
+    /// Where what groups handled is kept; none: in memory.
+    #[cfg(feature = "journal")]
+    memory: Mutex<Option<remember::Memory>>,
     dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
     accepted: Arc<Accepted>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
@@ -193,6 +207,8 @@ impl MessagingHub {
             budget,
             #[cfg(feature = "journal")]
             spool_log: Mutex::default(),
+            #[cfg(feature = "journal")]
+            memory: Mutex::default(),
             dead: Mutex::default(),
             accepted,
             groups: Mutex::default(),
@@ -436,6 +452,12 @@ impl MessagingHub {
     #[allow(clippy::unused_self)]
     fn store(&self) -> Option<Arc<dyn spool::store::SpoolStore>> {
         None
+    }
+
+    /// A group that has handled nothing yet: without the journal, in memory.
+    #[cfg(not(feature = "journal"))]
+    fn new_group(&self, _: &str) -> Group {
+        Group::new(&self.0.config.dedup_window)
     }
 
     fn check_open(&self) -> Result<()> {

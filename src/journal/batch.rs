@@ -12,6 +12,7 @@ use super::{
 pub struct Batch {
     pub(super) puts: Vec<Bytes>,
     pub(super) removes: Vec<EntryId>,
+    pub(super) urgent: bool,
 }
 
 impl Batch {
@@ -31,6 +32,12 @@ impl Batch {
     /// Removes an entry. One that is not there is ignored.
     pub fn remove(&mut self, id: EntryId) {
         self.removes.push(id);
+    }
+
+    /// Has it synced at once, where syncs may otherwise be late
+    /// ([`JournalOptions::sync_delay`](super::JournalOptions::sync_delay)).
+    pub fn hurry(&mut self) {
+        self.urgent = true;
     }
 
     /// Whether there is nothing in it.

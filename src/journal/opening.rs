@@ -135,11 +135,6 @@ fn start(
 ) -> (Arc<Shared>, Writer) {
     let state = State::new(found.index, found.next_id, options);
     let shared = Arc::new(Shared::new(state, storage));
-    let writer = Writer::new(
-        shared.clone(),
-        found.next_seq,
-        found.next_id,
-        options.segment_size(),
-    );
+    let writer = Writer::new(shared.clone(), found.next_seq, found.next_id, options);
     (shared, writer)
 }

@@ -1,5 +1,7 @@
 //! A journal's settings. Nothing here touches the disk.
 
+use std::time::Duration;
+
 use super::format::{FRAME_HEADER, SEGMENT_HEADER};
 
 /// How a journal uses its disk and memory.
@@ -18,6 +20,11 @@ pub struct JournalOptions {
     /// batch with puts that comes while more wait is refused as full; one batch
     /// is always let in.
     pub max_queued_bytes: u64,
+    /// How long what is written may wait for its sync. Default 0: it is synced
+    /// at once. Longer spares the disk where nobody waits for the sync: the death
+    /// of the process takes nothing that is written, a power cut takes what was
+    /// not synced.
+    pub sync_delay: Duration,
 }
 
 impl Default for JournalOptions {
@@ -26,6 +33,7 @@ impl Default for JournalOptions {
             segment_bytes: 16 << 20,
             max_bytes: 1 << 30,
             max_queued_bytes: 64 << 20,
+            sync_delay: Duration::ZERO,
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
@@ -55,20 +55,32 @@ impl Shared {
         self.work.notify_one();
     }
 
-    /// Takes all that is queued. Waits for it unless there is compaction to do.
+    /// Takes all that is queued. Waits for it unless there is compaction to do, or
+    /// until what is written must be synced.
     /// Entries that were removed since they were read for compaction are taken
     /// out in the same breath: the moves follow this queue in the log, so a
     /// remove is either in it, and the entry stays dead, or behind the move.
-    pub(super) fn take_work(&self, moves: &mut Candidates) -> Work {
+    pub(super) fn take_work(&self, moves: &mut Candidates, due: Option<Instant>) -> Work {
         let mut state = self.lock();
         while state.queue.is_empty()
             && !state.closing
             && moves.is_empty()
             && state.compactable().is_none()
         {
-            state = self
+            let Some(due) = due else {
+                state = self
+                    .work
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            (state, _) = self
                 .work
-                .wait(state)
+                .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner);
         }
         moves.retain_live(&state.index);

@@ -1,15 +1,20 @@
 //! The one thread that writes. It takes all that is queued, writes it, syncs
 //! once for all of it, says so, and begins again: the slower the sync, the more
-//! batches share it.
+//! batches share it. Where a sync may be late, what is written waits for it until
+//! then, or until something else needs one.
 //!
 //! A failed write or sync ends the thread for good. After a failed fsync the
 //! kernel may have dropped the pages and marked them clean, so a second fsync
 //! that succeeds means nothing.
 
-use std::{mem, sync::Arc};
+use std::{
+    mem,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{
-    EntryId, JournalError, Lsn,
+    EntryId, JournalError, JournalOptions, Lsn,
     compact::{Candidates, Compactor, delete_dead},
     format::{FrameWriter, SEGMENT_HEADER, SegmentHeader},
     segment,
@@ -32,6 +37,9 @@ pub(super) struct Writer {
     /// The last batch that is in the buffer or in a file.
     taken: Lsn,
     compactor: Option<Compactor>,
+    sync_delay: Duration,
+    /// When what is written must be synced; none: all of it is.
+    due: Option<Instant>,
 }
 
 /// The segment that is being filled.
@@ -46,17 +54,24 @@ struct Active {
 
 impl Writer {
     /// A writer that begins a new segment with the first batch.
-    pub(super) fn new(shared: Arc<Shared>, next_seq: u64, next_id: EntryId, segment: u64) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        next_seq: u64,
+        next_id: EntryId,
+        options: &JournalOptions,
+    ) -> Self {
         Self {
             shared,
             active: None,
             next_seq,
             next_id,
-            segment_size: segment,
+            segment_size: options.segment_size(),
             buffer: Vec::new(),
             unwritten: Vec::new(),
             taken: 0,
             compactor: None,
+            sync_delay: options.sync_delay,
+            due: None,
         }
     }
 
@@ -82,12 +97,19 @@ impl Writer {
     /// One round: take, write, sync, tidy. False when the journal is closed.
     pub(super) fn turn(&mut self) -> Result<bool, JournalError> {
         let mut moves = Compactor::gather(&mut self.compactor, &self.shared)?;
-        let work = self.shared.take_work(&mut moves);
+        let work = self.shared.take_work(&mut moves, self.due);
+        let urgent = work.queue.iter().any(|queued| queued.batch.urgent);
+        let must = work.closing || urgent || !moves.is_empty();
         for queued in work.queue {
             self.append(queued)?;
         }
         self.append_moves(moves)?;
         self.flush()?;
+        // What was moved must be durable before its old place is deleted, and so
+        // must every remove: without a sync nothing is deleted.
+        if !must && self.may_wait() {
+            return Ok(true);
+        }
         self.sync()?;
         if work.closing {
             self.mark()?;
@@ -100,6 +122,16 @@ impl Writer {
             self.seal()?;
         }
         Ok(!work.closing)
+    }
+
+    /// Whether the sync of what is written may wait: until the oldest of it is
+    /// `sync_delay` old.
+    fn may_wait(&mut self) -> bool {
+        let now = Instant::now();
+        if self.due.is_none() {
+            self.due = now.checked_add(self.sync_delay);
+        }
+        self.due.is_none_or(|due| now < due)
     }
 
     fn append(&mut self, queued: Queued) -> Result<(), JournalError> {
@@ -216,6 +248,7 @@ impl Writer {
             active.synced = active.end;
             synced = 1;
         }
+        self.due = None;
         let mut state = self.shared.lock();
         state.syncs += synced;
         state.synced = self.taken;

@@ -125,6 +125,11 @@ impl Page {
                 "Ids that left a full dedup window before their time",
                 metrics.dedup_overflows,
             ),
+            (
+                "messaging_handled_unkept_total",
+                "Handled ids that the data folder does not have: after a restart their messages may be handed out again",
+                metrics.handled_unkept,
+            ),
         ] {
             self.counters(name, help, &[], [(vec![], value)])?;
         }

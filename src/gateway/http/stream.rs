@@ -248,9 +248,10 @@ async fn begin(
             ));
         }
         Some(From::Cursor(known)) => {
-            // The cursor wins over what was committed.
+            // The cursor wins over what was committed, and over what was handed
+            // to the group and never reached its client.
             app.hub()
-                .commit_positions(group, &known.positions)
+                .resume_group(group, &known.positions)
                 .await
                 .map_err(Problem::from)?;
             cursor.positions = known.positions;

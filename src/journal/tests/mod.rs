@@ -11,7 +11,7 @@ mod room;
 mod seeds;
 mod threads;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
@@ -178,6 +178,15 @@ fn small() -> JournalOptions {
         segment_bytes: 4096,
         max_bytes: 1 << 20,
         max_queued_bytes: 1 << 20,
+        ..JournalOptions::default()
+    }
+}
+
+/// The same, and nothing is synced for the sync's own sake.
+fn late() -> JournalOptions {
+    JournalOptions {
+        sync_delay: Duration::MAX,
+        ..small()
     }
 }
 

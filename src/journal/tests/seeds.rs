@@ -118,7 +118,8 @@ fn open(
         seen.cuts_while_opening += u64::from(disk.crashed());
         *disk = disk.after_power_cut(rng);
     }
-    Rig::open(disk).unwrap_or_else(|e| panic!("{context}: {e}"))
+    let options = if rng.bool() { small() } else { late() };
+    Rig::open_with(disk, options).unwrap_or_else(|e| panic!("{context}: {e}"))
 }
 
 /// Puts of all sizes, and removes that leave a straggler here and there.

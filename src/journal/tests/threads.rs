@@ -3,6 +3,7 @@
 use std::{
     sync::atomic::{AtomicU64, Ordering},
     thread,
+    time::Instant,
 };
 
 use super::*;
@@ -44,6 +45,29 @@ fn callers_on_many_threads_append_remove_and_read_while_segments_come_and_go() {
         .recover(|id, body| drop(found.insert(id, body)))
         .unwrap();
     assert_eq!(found, expected);
+}
+
+/// Nobody has to append again for the last batch to become durable.
+#[tokio::test]
+async fn what_may_wait_for_its_sync_is_synced_when_its_time_is_over() {
+    let options = JournalOptions {
+        sync_delay: Duration::from_secs(2),
+        ..JournalOptions::default()
+    };
+    let journal = journal(&Disk::new(), options);
+    let last = (0..50u64)
+        .map(|n| journal.append(put(body(n, 100))).unwrap())
+        .last();
+    journal.synced(last.unwrap().lsn).await.unwrap();
+    let usage = journal.usage();
+    assert!(usage.syncs < 5, "{usage:?}");
+    let mut urgent = put("now");
+    urgent.hurry();
+    let (urgent, since) = (journal.append(urgent).unwrap(), Instant::now());
+    journal.synced(urgent.lsn).await.unwrap();
+    assert!(since.elapsed() < Duration::from_secs(2));
+    journal.append(put("more")).unwrap();
+    journal.close().unwrap();
 }
 
 /// Keeps a window of entries, leaves one in ten behind, reads back at random.
