@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::{
-    hub::dedup::{Attempt, DedupWindow, IdHash, Offer},
+    hub::dedup::{Attempt, DedupWindow, Offer},
     message::Timestamp,
 };
 
@@ -179,7 +179,8 @@ fn what_comes_back_is_what_the_groups_knew_wherever_the_log_ends() {
                 }
                 _ => {
                     let mut fresh = Fresh::new();
-                    for _ in 0..rng.usize(..if rng.u8(..5) == 0 { 4096 } else { 30 }) {
+                    let most = if rng.u8(..5) == 0 { 4096 } else { 30 };
+                    for _ in 0..rng.usize(..most) {
                         let group = rng.choice(&groups).unwrap().clone();
                         next_id += u64::from(rng.u8(..10) != 0);
                         let one = handled(hasher, now, next_id, rng.u32(..6));
