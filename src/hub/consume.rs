@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     MessagingHub, Running,
     group::Group,
-    is_local, lock,
+    lane::machine::Local as Hands,
+    local_of, lock,
     route::{Route, RouteKind},
     span::{self, Local},
 };
@@ -301,19 +302,24 @@ impl MessagingHub {
         }
         let primary = broker.consume(source, options).await?;
         let away = route.primary != BrokerType::InMemory;
-        let local = (away && route.spool).then(|| match source {
-            Source::Queue(pattern) if is_local(&route) => {
-                Some((pattern.clone(), usize::from(options.prefetch).max(1)))
+        let local = (away && route.spool).then(|| match (source, &options.group_id) {
+            (Source::Queue(_), _) if local_of(&route) == Hands::Consumers => {
+                Some((None, usize::from(options.prefetch).max(1)))
             }
+            (Source::Stream(pattern), Some(group)) if self.has_local_events(pattern) => Some((
+                Some(Arc::from(group.as_str())),
+                options.max_poll_records.max(1),
+            )),
             // Reading along takes nothing from anybody.
-            Source::Stream(pattern) if options.group_id.is_none() => Some((pattern.clone(), 0)),
+            (Source::Stream(_), None) => Some((None, 0)),
             _ => None,
         });
-        let local = local.flatten().map(|(pattern, limit)| {
+        let local = local.flatten().map(|(group, limit)| {
             Local::register(
                 &self.0.readers,
                 self.number(),
-                pattern,
+                source.pattern().clone(),
+                group,
                 limit,
                 options.buffer_size,
             )
@@ -407,6 +413,17 @@ impl MessagingHub {
             })
     }
 
+    /// Whether groups may get spooled events of some topic that the pattern
+    /// covers; each lane knows for itself.
+    fn has_local_events(&self, pattern: &Pattern) -> bool {
+        let routes = lock(&self.0.routes).clone();
+        let local = |route: &Route| local_of(route) == Hands::Groups;
+        match pattern.literal() {
+            Some(topic) => routes.find(&topic).is_some_and(|(_, route)| local(route)),
+            None => routes.all().iter().any(local),
+        }
+    }
+
     fn source_of(&self, pattern: &Pattern) -> Result<Source> {
         Ok(match self.route_of(pattern)?.kind {
             RouteKind::Task => Source::Queue(pattern.clone()),
@@ -417,11 +434,12 @@ impl MessagingHub {
     /// The group that a consumer deduplicates with: the consumers of a queue
     /// are one, a named group is one, a live reader is its own.
     fn group(&self, source: &Source, options: &SubscribeOptions) -> Arc<Group> {
+        let stream = matches!(source, Source::Stream(_));
         let name = match (source, &options.group_id) {
             (Source::Queue(_), _) => "queue:".to_owned(),
             (Source::Stream(_), Some(group)) => format!("group:{group}"),
             (Source::Stream(_), None) => {
-                return Arc::new(Group::new(&self.0.config.dedup_window));
+                return Arc::new(Group::new(None, &self.0.config.dedup_window));
             }
         };
         let mut groups = lock(&self.0.groups);
@@ -432,7 +450,10 @@ impl MessagingHub {
         }
         groups
             .entry(name)
-            .or_insert_with(|| Arc::new(Group::new(&self.0.config.dedup_window)))
+            .or_insert_with(|| {
+                let name = options.group_id.clone().filter(|_| stream);
+                Arc::new(Group::new(name, &self.0.config.dedup_window))
+            })
             .clone()
     }
 }

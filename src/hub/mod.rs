@@ -61,7 +61,10 @@ use self::{
     dead::DeadLetters,
     group::Group,
     health::Health,
-    lane::task::{LaneHandle, Readers},
+    lane::{
+        machine::Local,
+        task::{LaneHandle, Readers},
+    },
     publish::TopicEntry,
     route::{DuringOutage, Route, RouteKind, RouteTable},
     spool::{Budget, codec::LaneName},
@@ -447,7 +450,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether local handlers may take spooled messages of a route.
-fn is_local(route: &Route) -> bool {
-    route.spool && route.kind == RouteKind::Task && route.during_outage == DuringOutage::Local
+/// Which local handlers may take spooled messages of a route.
+fn local_of(route: &Route) -> Local {
+    match route.kind {
+        _ if !route.spool || route.during_outage == DuringOutage::Hold => Local::Nobody,
+        RouteKind::Task => Local::Consumers,
+        RouteKind::Event => Local::Groups,
+    }
 }

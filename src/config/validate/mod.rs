@@ -152,12 +152,6 @@ impl MessagingConfig {
                     "Kafka has no task queues; use rabbitmq or inmemory, or kind: event",
                 );
             }
-            if route.kind == RouteKind::Event && route.during_outage == Some(DuringOutage::Local) {
-                found.add(
-                    format!("{path}.during_outage"),
-                    "local is for tasks: spooled events are held for their groups, and live readers read along anyway; leave it out",
-                );
-            }
             if !route.spool && route.during_outage == Some(DuringOutage::Local) {
                 found.add(
                     format!("{path}.during_outage"),
