@@ -493,3 +493,7 @@ impl Loader {
         Ok(loaded)
     }
 }
+
+#[cfg(test)]
+#[path = "keeper_tests.rs"]
+mod tests;
