@@ -614,7 +614,6 @@ hub.spool.max_bytes: must not be below max_message_bytes, or a message may never
 hub.routes[0].primary: names kafka, which has no section
 hub.routes[0].primary: Kafka has no task queues; use rabbitmq or inmemory, or kind: event
 hub.routes[1].pattern: hub.routes[0] has the same pattern and holds
-hub.routes[1].during_outage: local is for tasks: spooled events are held for their groups, and live readers read along anyway; leave it out
 hub.routes[1].during_outage: local hands out spooled messages, and spool is false
 rabbitmq.prefetch_count: must be 1 or more; 0 would mean no bound
 rabbitmq.heartbeat: must be 1s to 60s: AMQP counts whole seconds, and a dead peer is noticed after twice this

@@ -136,7 +136,8 @@ pub struct RouteSettings {
     #[serde(default)]
     pub primary: Option<BrokerType>,
     /// What subscribers see of spooled messages. Default `local` for tasks,
-    /// `hold` for events.
+    /// `hold` for events; for these it concerns groups, readers without one
+    /// read along either way.
     #[serde(default)]
     pub during_outage: Option<DuringOutage>,
     /// Keep messages while the primary is away. Default true. Danger: false
@@ -182,8 +183,10 @@ pub enum RouteKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DuringOutage {
-    /// Local subscribers get them at once. Order holds within the spool and
-    /// within the primary, not between them.
+    /// Local subscribers get them at once: tasks one consumer each, events each
+    /// group its own copy. Order holds within the spool and within the primary,
+    /// not between them. Danger, for events: a handler that never ends keeps
+    /// its event, and those behind it of the same key, from the drain.
     Local,
     /// They wait for the primary; order holds throughout.
     Hold,

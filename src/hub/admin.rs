@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{
     MessagingHub,
+    consume::STREAM_GROUP,
     controls::Hold,
     lock,
     route::RouteKind,
@@ -139,7 +140,7 @@ impl MessagingHub {
         allow(clippy::unused_async, reason = "only a disk is waited for")
     )]
     async fn forget_handled(&self, group: &str) -> Result<()> {
-        let name = format!("group:{group}");
+        let name = format!("{STREAM_GROUP}{group}");
         let known = lock(&self.0.groups).get(&name).cloned();
         if let Some(known) = known {
             known.forget();

@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     MessagingHub, Running,
     group::Group,
-    is_local, lock,
+    lane::machine::Local as Hands,
+    local_of, lock,
     route::{Route, RouteKind},
     span::{self, Local},
 };
@@ -33,6 +34,14 @@ const LEASE_GATHER: Duration = Duration::from_millis(200);
 
 /// Groups whose handled ids are remembered while nobody reads for them.
 pub(super) const MAX_GROUPS: usize = 1024;
+
+/// How the window of a stream's named group is called; the rest is its name.
+pub(super) const STREAM_GROUP: &str = "group:";
+
+/// The name of a stream's group, from that of its window.
+pub(super) fn stream_group(window: &str) -> Option<String> {
+    window.strip_prefix(STREAM_GROUP).map(str::to_owned)
+}
 
 /// Deliveries of one lease request at most.
 const MAX_LEASE: usize = 1000;
@@ -301,19 +310,24 @@ impl MessagingHub {
         }
         let primary = broker.consume(source, options).await?;
         let away = route.primary != BrokerType::InMemory;
-        let local = (away && route.spool).then(|| match source {
-            Source::Queue(pattern) if is_local(&route) => {
-                Some((pattern.clone(), usize::from(options.prefetch).max(1)))
+        let local = (away && route.spool).then(|| match (source, &options.group_id) {
+            (Source::Queue(_), _) if local_of(&route) == Hands::Consumers => {
+                Some((None, usize::from(options.prefetch).max(1)))
             }
+            (Source::Stream(pattern), Some(group)) if self.has_local_events(pattern) => Some((
+                Some(Arc::from(group.as_str())),
+                options.max_poll_records.max(1),
+            )),
             // Reading along takes nothing from anybody.
-            Source::Stream(pattern) if options.group_id.is_none() => Some((pattern.clone(), 0)),
+            (Source::Stream(_), None) => Some((None, 0)),
             _ => None,
         });
-        let local = local.flatten().map(|(pattern, limit)| {
+        let local = local.flatten().map(|(group, limit)| {
             Local::register(
                 &self.0.readers,
                 self.number(),
-                pattern,
+                source.pattern().clone(),
+                group,
                 limit,
                 options.buffer_size,
             )
@@ -407,6 +421,17 @@ impl MessagingHub {
             })
     }
 
+    /// Whether groups may get spooled events of some topic that the pattern
+    /// covers; each lane knows for itself.
+    fn has_local_events(&self, pattern: &Pattern) -> bool {
+        let routes = lock(&self.0.routes).clone();
+        let local = |route: &Route| local_of(route) == Hands::Groups;
+        match pattern.literal() {
+            Some(topic) => routes.find(&topic).is_some_and(|(_, route)| local(route)),
+            None => routes.all().iter().any(local),
+        }
+    }
+
     fn source_of(&self, pattern: &Pattern) -> Result<Source> {
         Ok(match self.route_of(pattern)?.kind {
             RouteKind::Task => Source::Queue(pattern.clone()),
@@ -419,9 +444,9 @@ impl MessagingHub {
     fn group(&self, source: &Source, options: &SubscribeOptions) -> Arc<Group> {
         let name = match (source, &options.group_id) {
             (Source::Queue(_), _) => "queue:".to_owned(),
-            (Source::Stream(_), Some(group)) => format!("group:{group}"),
+            (Source::Stream(_), Some(group)) => format!("{STREAM_GROUP}{group}"),
             (Source::Stream(_), None) => {
-                return Arc::new(Group::new(&self.0.config.dedup_window));
+                return Arc::new(Group::new(None, &self.0.config.dedup_window));
             }
         };
         let mut groups = lock(&self.0.groups);

@@ -18,7 +18,7 @@ use tokio::{
 
 use super::lane::keeper::Release;
 use crate::{
-    broker::MessageBroker,
+    broker::{MessageBroker, Settlement, Verdict},
     message::{Message, wire::Failure},
     topic::Topic,
 };
@@ -27,8 +27,17 @@ struct Letter {
     topic: Topic,
     message: Arc<Message>,
     failure: Failure,
-    /// What is still kept in the spool until the letter is safe.
-    release: Option<Release>,
+    /// What is to be done once the letter is safe, or cannot be kept.
+    then: Then,
+}
+
+/// What the letter's lane waits for.
+enum Then {
+    /// The message is still kept in the spool until the letter is safe.
+    Release(Option<Release>),
+    /// The letter is a copy, for one group: the lane is told whether the group
+    /// has settled the message or has to get it again.
+    Settle(mpsc::UnboundedSender<Settlement>, u64),
 }
 
 /// Takes dead letters from the lanes. Clones feed the same task.
@@ -99,18 +108,67 @@ impl DeadLetters {
         failure: Failure,
         release: Option<Release>,
     ) {
-        let letter = Letter {
+        self.send(Letter {
             topic: topic.clone(),
             message,
             failure,
-            release,
-        };
+            then: Then::Release(release),
+        });
+    }
+
+    /// Keeps a copy of a message that stays where it is, and then settles it
+    /// under its tag: acked, or given back when no copy could be kept.
+    pub(crate) fn copy(
+        &self,
+        topic: &Topic,
+        message: Arc<Message>,
+        failure: Failure,
+        settlements: &mpsc::UnboundedSender<Settlement>,
+        tag: u64,
+    ) {
+        self.send(Letter {
+            topic: topic.clone(),
+            message,
+            failure,
+            then: Then::Settle(settlements.clone(), tag),
+        });
+    }
+
+    fn send(&self, letter: Letter) {
         self.waiting.count.fetch_add(1, Relaxed);
         if let Err(mpsc::error::SendError(letter)) = self.letters.send(letter) {
             self.waiting.count.fetch_sub(1, Relaxed);
             tracing::error!(topic = %letter.topic, id = %letter.message.id, "the dead-letter task is gone");
+            letter.then.failed();
         }
     }
+}
+
+impl Then {
+    fn kept(self) -> crate::Result<()> {
+        match self {
+            Self::Release(release) => release.map_or(Ok(()), Release::done),
+            Self::Settle(settlements, tag) => {
+                settle(&settlements, tag, Verdict::Ack);
+                Ok(())
+            }
+        }
+    }
+
+    fn failed(self) {
+        if let Self::Settle(settlements, tag) = self {
+            settle(&settlements, tag, Verdict::Requeue);
+        }
+    }
+}
+
+fn settle(settlements: &mpsc::UnboundedSender<Settlement>, tag: u64, verdict: Verdict) {
+    // A lane that is gone has let go of what it had handed out.
+    let _ = settlements.send(Settlement {
+        tag,
+        verdict,
+        done: None,
+    });
 }
 
 async fn keep(broker: &dyn MessageBroker, letter: Letter) {
@@ -118,7 +176,7 @@ async fn keep(broker: &dyn MessageBroker, letter: Letter) {
         topic,
         message,
         failure,
-        release,
+        then,
     } = letter;
     let (id, reason) = (message.id.clone(), failure.reason.clone());
     let kept = match broker.task_queue() {
@@ -130,13 +188,14 @@ async fn keep(broker: &dyn MessageBroker, letter: Letter) {
     };
     match kept {
         Ok(()) => {
-            if let Some(Err(error)) = release.map(Release::done) {
+            if let Err(error) = then.kept() {
                 tracing::error!(%topic, %id, %error, "the spool still keeps a dead letter");
             }
             tracing::warn!(%topic, %id, reason, "a spooled message went to the hub's dead letters");
         }
         Err(error) => {
             tracing::error!(%topic, %id, reason, %error, "a dead letter could not be kept");
+            then.failed();
         }
     }
 }

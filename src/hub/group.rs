@@ -1,7 +1,10 @@
 //! A group that handles each id once: the dedup window with the deliveries that
 //! are parked in it.
 
-use std::sync::Mutex;
+use std::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use super::{
     dedup::{DedupWindow, Ended, IdHasher, Offer},
@@ -28,7 +31,11 @@ pub(crate) enum Taken {
 /// A group's window.
 #[derive(Debug)]
 pub(crate) struct Group {
+    /// What others know it by; none: a live reader, or a queue's consumers.
+    name: Option<String>,
     window: Mutex<DedupWindow<Delivery>>,
+    /// Deliveries that were marked as settled by this group.
+    marked: AtomicU64,
     /// Where it notes what it handled, so that it outlives the process.
     notes: Option<Notes>,
 }
@@ -41,24 +48,44 @@ pub(crate) fn window(settings: &WindowSettings, hasher: IdHasher) -> DedupWindow
 
 impl Group {
     /// A group that is forgotten with the process.
-    pub(crate) fn new(settings: &WindowSettings) -> Self {
+    pub(crate) fn new(name: Option<String>, settings: &WindowSettings) -> Self {
         Self {
+            name,
             window: Mutex::new(window(settings, IdHasher::random())),
+            marked: AtomicU64::new(0),
             notes: None,
         }
     }
 
     /// A group whose window, as far as it was filled already, is kept.
     #[cfg(feature = "journal")]
-    pub(crate) fn kept(window: DedupWindow<Delivery>, notes: Notes) -> Self {
+    pub(crate) fn kept(
+        name: Option<String>,
+        window: DedupWindow<Delivery>,
+        notes: Notes,
+    ) -> Self {
         Self {
+            name,
             window: Mutex::new(window),
+            marked: AtomicU64::new(0),
             notes: Some(notes),
         }
     }
 
     /// Looks whether the group has seen this message.
     pub(crate) fn take_in(&self, delivery: Delivery) -> Taken {
+        // Whichever hub it was that handed it out of its spool: this group has
+        // handled it, and another process's window would not know.
+        let settled = &delivery.marks.settled;
+        if self
+            .name
+            .as_ref()
+            .is_some_and(|name| settled.contains(name))
+        {
+            self.marked.fetch_add(1, Relaxed);
+            delivery.settle_now(Verdict::Ack);
+            return Taken::Kept;
+        }
         if delivery.message.id.is_generated() {
             // A foreign message without an id: its id was made just now and says
             // nothing about whether it came before.
@@ -108,7 +135,7 @@ impl Group {
     }
 
     pub(crate) fn suppressed(&self) -> u64 {
-        lock(&self.window).counts().duplicates
+        lock(&self.window).counts().duplicates + self.marked.load(Relaxed)
     }
 
     pub(crate) fn overflows(&self) -> u64 {

@@ -73,7 +73,10 @@ use self::{
     dead::DeadLetters,
     group::Group,
     health::Health,
-    lane::task::{LaneHandle, Readers},
+    lane::{
+        machine::Local,
+        task::{LaneHandle, Readers},
+    },
     publish::TopicEntry,
     route::{DuringOutage, Route, RouteKind, RouteTable},
     spool::{Budget, codec::LaneName},
@@ -456,8 +459,8 @@ impl MessagingHub {
 
     /// A group that has handled nothing yet: without the journal, in memory.
     #[cfg(not(feature = "journal"))]
-    fn new_group(&self, _: &str) -> Group {
-        Group::new(&self.0.config.dedup_window)
+    fn new_group(&self, name: &str) -> Group {
+        Group::new(consume::stream_group(name), &self.0.config.dedup_window)
     }
 
     fn check_open(&self) -> Result<()> {
@@ -503,7 +506,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether local handlers may take spooled messages of a route.
-fn is_local(route: &Route) -> bool {
-    route.spool && route.kind == RouteKind::Task && route.during_outage == DuringOutage::Local
+/// Which local handlers may take spooled messages of a route.
+fn local_of(route: &Route) -> Local {
+    match route.kind {
+        _ if !route.spool || route.during_outage == DuringOutage::Hold => Local::Nobody,
+        RouteKind::Task => Local::Consumers,
+        RouteKind::Event => Local::Groups,
+    }
 }

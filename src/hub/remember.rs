@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     MessagingHub,
-    consume::MAX_GROUPS,
+    consume::{MAX_GROUPS, stream_group},
     dedup::IdHasher,
     group::{self, Group},
     handled::{self, Keeper, Limits, Log, Note, Notes, Tally},
@@ -75,7 +75,11 @@ impl MessagingHub {
         };
         let mut groups = lock(&self.0.groups);
         for (name, window) in opened.windows {
-            let group = Arc::new(Group::kept(window, memory.notes_of(&name)));
+            let group = Arc::new(Group::kept(
+                stream_group(&name),
+                window,
+                memory.notes_of(&name),
+            ));
             groups.entry(name.to_string()).or_insert(group);
         }
         drop(groups);
@@ -100,10 +104,11 @@ impl MessagingHub {
         let settings = &self.0.config.dedup_window;
         match &*lock(&self.0.memory) {
             Some(memory) => Group::kept(
+                stream_group(name),
                 group::window(settings, memory.hasher),
                 memory.notes_of(&name.into()),
             ),
-            None => Group::new(settings),
+            None => Group::new(stream_group(name), settings),
         }
     }
 

@@ -7,7 +7,10 @@
 //!   lanes (spool)    --'        <--- verdicts
 //! ```
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::AtomicUsize},
+};
 
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -42,6 +45,8 @@ pub(crate) struct Local {
     pub(crate) id: u64,
     pub(crate) deliveries: mpsc::Receiver<Vec<Delivery>>,
     pub(crate) registry: Arc<watch::Sender<Readers>>,
+    /// What failed is tried again where it is: no other attempt of it is made.
+    pub(crate) in_place: bool,
 }
 
 impl Drop for Local {
@@ -59,6 +64,7 @@ impl Local {
         registry: &Arc<watch::Sender<Readers>>,
         id: u64,
         pattern: crate::topic::Pattern,
+        group: Option<Arc<str>>,
         limit: usize,
         buffer: usize,
     ) -> Self {
@@ -67,7 +73,9 @@ impl Local {
             id,
             pattern,
             deliveries: tx,
+            group: group.clone(),
             limit,
+            in_hand: AtomicUsize::new(0),
         });
         registry.send_modify(|list| {
             let mut new: Vec<Arc<Reader>> = list.to_vec();
@@ -78,6 +86,7 @@ impl Local {
             id,
             deliveries,
             registry: registry.clone(),
+            in_place: group.is_some(),
         }
     }
 }
@@ -112,6 +121,9 @@ pub(crate) fn start(parts: Parts) -> (Consumer, impl Future<Output = ()> + Send 
 struct Held {
     upstream: (mpsc::UnboundedSender<Settlement>, u64),
     lease: Option<Lease>,
+    /// A retry of it is the same delivery again, and the copy that the primary
+    /// may bring meanwhile is as good.
+    in_place: bool,
 }
 
 /// A retry or a dead letter whose copy the source was asked to make.
@@ -192,7 +204,7 @@ impl Span {
                         // the stop: that goes back too, or the source waits for
                         // its settlement for ever.
                         Some(late) if self.out.is_none() => drop(late),
-                        Some(batch) => pending = self.take(batch),
+                        Some(batch) => pending = self.take(batch, false),
                         // The source has ended, by itself or because its broker
                         // was closed; its last word may come a little later.
                         None => {
@@ -201,8 +213,8 @@ impl Span {
                         }
                     }
                 }
-                Some(batch) = receive(&mut self.parts.local), if want => {
-                    pending = self.take(batch);
+                Some((batch, in_place)) = receive(&mut self.parts.local), if want => {
+                    pending = self.take(batch, in_place);
                 }
                 Some(()) = self.answers.next() => {}
                 Ok(()) = primary_state.changed() => {}
@@ -240,12 +252,12 @@ impl Span {
     }
 
     /// Lets each message of a batch through once.
-    fn take(&mut self, batch: Vec<Delivery>) -> Vec<Delivery> {
+    fn take(&mut self, batch: Vec<Delivery>, in_place: bool) -> Vec<Delivery> {
         let mut out = Vec::with_capacity(batch.len());
         for delivery in batch {
             if let Taken::New(delivery, lease) = self.parts.group.take_in(delivery) {
                 let (received, upstream) = delivery.into_parts();
-                out.push(self.wrap(received, upstream, lease));
+                out.push(self.wrap(received, upstream, lease, in_place));
             }
         }
         out
@@ -256,12 +268,20 @@ impl Span {
         received: Received,
         upstream: Option<(mpsc::UnboundedSender<Settlement>, u64)>,
         lease: Option<Lease>,
+        in_place: bool,
     ) -> Delivery {
         match upstream {
             Some(upstream) => {
                 let tag = self.next;
                 self.next += 1;
-                self.held.insert(tag, Held { upstream, lease });
+                self.held.insert(
+                    tag,
+                    Held {
+                        upstream,
+                        lease,
+                        in_place,
+                    },
+                );
                 Delivery::new(received, self.settlements.clone(), tag)
             }
             None => {
@@ -281,6 +301,10 @@ impl Span {
         let (tx, tag) = held.upstream;
         let Settlement { verdict, done, .. } = settlement;
         let done = match (held.lease, &verdict) {
+            (Some(lease), Verdict::Retry { .. }) if held.in_place => {
+                self.parts.group.release(lease);
+                done
+            }
             (Some(lease), Verdict::Requeue) => {
                 self.parts.group.release(lease);
                 done
@@ -353,9 +377,9 @@ async fn acknowledged(
     let _ = answer.send(result);
 }
 
-async fn receive(local: &mut Option<Local>) -> Option<Vec<Delivery>> {
+async fn receive(local: &mut Option<Local>) -> Option<(Vec<Delivery>, bool)> {
     match local {
-        Some(local) => local.deliveries.recv().await,
+        Some(local) => Some((local.deliveries.recv().await?, local.in_place)),
         None => std::future::pending().await,
     }
 }

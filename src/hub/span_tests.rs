@@ -31,6 +31,10 @@ struct Source {
 }
 
 fn span() -> (Source, Consumer) {
+    span_of(None)
+}
+
+fn span_of(group: Option<&str>) -> (Source, Consumer) {
     let (control, _, report) = ConsumerControl::new();
     let (deliveries, from_source) = mpsc::channel(4);
     let (settlements, verdicts) = mpsc::unbounded_channel();
@@ -46,10 +50,13 @@ fn span() -> (Source, Consumer) {
         },
         connection: connected,
         local: None,
-        group: Arc::new(Group::new(&WindowSettings {
-            age: Duration::from_secs(60),
-            ids: 100,
-        })),
+        group: Arc::new(Group::new(
+            group.map(str::to_owned),
+            &WindowSettings {
+                age: Duration::from_secs(60),
+                ids: 100,
+            },
+        )),
         closing: CancellationToken::new(),
         buffer: 4,
     });
@@ -67,12 +74,19 @@ fn span() -> (Source, Consumer) {
 
 impl Source {
     async fn deliver(&mut self, id: &str, attempt: u32) -> u64 {
+        self.deliver_settled(id, attempt, &[]).await
+    }
+
+    async fn deliver_settled(&mut self, id: &str, attempt: u32, settled: &[&str]) -> u64 {
         let mut message = Message::new("t", "x").with_id(MessageId::new(id).unwrap());
         message.retry_count = attempt;
         let received = Received {
             topic: Topic::new("tasks").unwrap(),
             message: Arc::new(message),
-            marks: Arc::new(Marks::default()),
+            marks: Arc::new(Marks {
+                settled: settled.iter().map(|g| (*g).to_owned()).collect(),
+                ..Marks::default()
+            }),
             via: BrokerType::RabbitMq,
         };
         self.tag += 1;
@@ -138,6 +152,22 @@ async fn a_copy_of_an_attempt_that_was_retried_is_acked_and_the_next_attempt_is_
     let settlement = source.verdict().await;
     assert_eq!(settlement.tag, copy);
     assert!(matches!(settlement.verdict, Verdict::Ack));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_group_has_settled_elsewhere_is_acked_unseen() {
+    let (mut source, mut consumer) = span_of(Some("audit"));
+    let skipped = source.deliver_settled("a", 0, &["mail", "audit"]).await;
+    let settlement = source.verdict().await;
+    assert_eq!(settlement.tag, skipped);
+    assert!(matches!(settlement.verdict, Verdict::Ack));
+    source.deliver_settled("b", 0, &["mail", "audits"]).await;
+    assert_eq!(next(&mut consumer).await.message.id.as_str(), "b");
+
+    // A live reader is no group, whatever others are called.
+    let (mut source, mut consumer) = span_of(None);
+    source.deliver_settled("a", 0, &["mail", "audit"]).await;
+    assert_eq!(next(&mut consumer).await.message.id.as_str(), "a");
 }
 
 #[tokio::test(start_paused = true)]

@@ -188,7 +188,7 @@ pub fn encode<'a>(
         put(names::POSSIBLE_DUPLICATE, "true".into());
     }
     if !marks.settled.is_empty() {
-        put(names::SETTLED, marks.settled.join(",").into());
+        put(names::SETTLED, join_groups(&marks.settled).into());
     }
     if let Some(failure) = &marks.failure {
         put(names::FAILURE_REASON, failure.reason.as_str().into());
@@ -314,7 +314,7 @@ fn decode_one(message: &mut Message, marks: &mut Marks, name: &str, value: &str)
             marks.settled = value
                 .split(',')
                 .filter(|g| !g.is_empty())
-                .map(str::to_owned)
+                .map(group_named)
                 .collect();
         }
         names::TRACEPARENT => {
@@ -337,6 +337,20 @@ fn decode_one(message: &mut Message, marks: &mut Marks, name: &str, value: &str)
             message.headers.insert(name.to_owned(), value.to_owned());
         }
     }
+}
+
+/// Group names with commas between them. A comma of a name's own, and the sign
+/// that stands for it, are written as `%2C` and `%25`.
+fn join_groups(groups: &[String]) -> String {
+    let escaped: Vec<String> = groups
+        .iter()
+        .map(|g| g.replace('%', "%25").replace(',', "%2C"))
+        .collect();
+    escaped.join(",")
+}
+
+fn group_named(text: &str) -> String {
+    text.replace("%2C", ",").replace("%25", "%")
 }
 
 fn put_trace<'a>(trace: &'a str, put: &mut impl FnMut(&'static str, Cow<'a, str>)) {
@@ -564,7 +578,7 @@ mod tests {
         }));
         let marks = Marks {
             possible_duplicate: true,
-            settled: vec!["a".into(), "b".into()],
+            settled: vec!["a".into(), "b, and c".into(), "100%2C%".into()],
             failure: Some(Box::new(Failure::now("handler_error", "x", "t", None))),
         };
         for carrier in [Carrier::Amqp, Carrier::Kafka] {
@@ -572,6 +586,18 @@ mod tests {
             assert_eq!(back, message, "{carrier:?}");
             assert_eq!(back_marks, marks, "{carrier:?}");
         }
+    }
+
+    #[test]
+    fn the_groups_that_settled_an_event_stand_in_one_header() {
+        let marks = Marks {
+            settled: vec!["audit".to_owned(), "a,b".to_owned()],
+            ..Marks::default()
+        };
+        let message = Message::default();
+        let headers = encode(&message, "t", &marks, Carrier::Kafka);
+        let settled = headers.iter().find(|(n, _)| n == names::SETTLED);
+        assert_eq!(settled.unwrap().1, "audit,a%2Cb");
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub enum Mode {
     Hold,
     /// Tasks over RabbitMQ, `during_outage: local`.
     Local,
-    /// Events over Kafka, which know `hold` only.
+    /// Events over Kafka, `during_outage: hold`.
     Events,
 }
 

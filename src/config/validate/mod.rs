@@ -155,12 +155,6 @@ impl MessagingConfig {
                     "Kafka has no task queues; use rabbitmq or inmemory, or kind: event",
                 );
             }
-            if route.kind == RouteKind::Event && route.during_outage == Some(DuringOutage::Local) {
-                found.add(
-                    format!("{path}.during_outage"),
-                    "local is for tasks: spooled events are held for their groups, and live readers read along anyway; leave it out",
-                );
-            }
             if let Some(canary) = &route.canary {
                 check_canary(&format!("{path}.canary"), route, canary, found);
             }

@@ -16,7 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::{
     broker::Outcome,
@@ -45,7 +45,22 @@ pub(crate) struct Keeper<W> {
     patience: Duration,
     /// Until when publishers were told.
     gave_up: Option<Instant>,
+    /// The last record that was written.
+    written: u64,
+    /// Handlers who wait for what was written before they decided; at most one
+    /// for each delivery that was handed out.
+    handlers: VecDeque<Handler>,
 }
+
+/// A handler whose verdict was noted, and which is told once that is on the disk.
+struct Handler {
+    number: u64,
+    done: Done,
+    until: Instant,
+}
+
+/// Who waits for a verdict to be carried out.
+pub(crate) type Done = oneshot::Sender<Result<()>>;
 
 struct Unsynced<W> {
     number: u64,
@@ -103,6 +118,8 @@ impl<W> Keeper<W> {
             unsynced: VecDeque::new(),
             patience,
             gave_up: None,
+            written: 0,
+            handlers: VecDeque::new(),
         }
     }
 
@@ -124,7 +141,7 @@ impl<W> Keeper<W> {
 
     /// Nobody waits for the disk.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.unsynced.is_empty() && self.puts.is_empty()
+        self.unsynced.is_empty() && self.puts.is_empty() && self.handlers.is_empty()
     }
 
     /// Keeps a message, from the next flush on. Whoever waits is given back,
@@ -220,6 +237,7 @@ impl<W> Keeper<W> {
         let outdated: Vec<KeptId> = removals.iter().copied().chain(replaced).collect();
         match store.kept.write(bodies, &outdated) {
             Ok(written) => {
+                self.written = written.number;
                 for (put, id) in puts.into_iter().zip(written.id..) {
                     self.ids.insert(put.seq, id);
                     self.unsynced.push_back(Unsynced {
@@ -255,7 +273,7 @@ impl<W> Keeper<W> {
     /// Cancel safe: what was seen is taken up by [`Keeper::synced`].
     pub(crate) async fn progress(&mut self) {
         match &mut self.store {
-            Some(store) if !self.unsynced.is_empty() => {
+            Some(store) if !self.unsynced.is_empty() || !self.handlers.is_empty() => {
                 if store.synced.changed().await.is_err() {
                     // The store is gone, and with it the answers.
                     std::future::pending::<()>().await;
@@ -268,6 +286,7 @@ impl<W> Keeper<W> {
     /// What is on the disk by now, or never will be.
     pub(crate) fn synced(&mut self) -> Progress<W> {
         let mut progress = Progress::default();
+        self.tell_handlers();
         let Some(store) = &mut self.store else {
             return progress;
         };
@@ -297,9 +316,57 @@ impl<W> Keeper<W> {
         progress
     }
 
-    /// When the first publisher's patience is over.
+    /// Tells a handler once everything that was flushed is on the disk, or after
+    /// as long as a publisher waits. What could not be written is in memory, and
+    /// drained from there: the verdict holds all the same.
+    pub(crate) fn tell_handler(&mut self, now: Instant, done: Done) {
+        self.handlers.push_back(Handler {
+            number: self.written,
+            done,
+            until: now + self.patience,
+        });
+        match &self.store {
+            Some(_) => self.tell_handlers(),
+            None => self.give_up_handlers(None),
+        }
+    }
+
+    fn tell_handlers(&mut self) {
+        let Some(store) = &self.store else {
+            return;
+        };
+        let synced = store.synced.borrow();
+        let over = synced.poisoned.is_some() || synced.closed;
+        let lsn = synced.lsn;
+        drop(synced);
+        while let Some(first) = self.handlers.front() {
+            if !over && first.number > lsn {
+                return;
+            }
+            if let Some(first) = self.handlers.pop_front() {
+                // Whoever dropped the future abandoned the answer.
+                let _ = first.done.send(Ok(()));
+            }
+        }
+    }
+
+    /// Tells those whose patience is over by now; without a time, all.
+    fn give_up_handlers(&mut self, now: Option<Instant>) {
+        while let Some(first) = self.handlers.front() {
+            if now.is_some_and(|now| first.until > now) {
+                return;
+            }
+            if let Some(first) = self.handlers.pop_front() {
+                let _ = first.done.send(Ok(()));
+            }
+        }
+    }
+
+    /// When the first publisher's, or handler's, patience is over.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.unsynced.get(self.answered()).map(|u| u.until)
+        let publisher = self.unsynced.get(self.answered()).map(|u| u.until);
+        let handler = self.handlers.front().map(|h| h.until);
+        publisher.into_iter().chain(handler).min()
     }
 
     /// How many of the first unsynced were told already: nobody is looked at
@@ -313,6 +380,7 @@ impl<W> Keeper<W> {
     /// Answers those who have waited long enough; what they published is kept
     /// all the same as soon as the disk comes on.
     pub(crate) fn give_up(&mut self, now: Instant) -> Vec<(W, Outcome)> {
+        self.give_up_handlers(Some(now));
         let first = self.answered();
         self.gave_up = Some(now);
         let late = self.unsynced.iter_mut().skip(first);
@@ -425,3 +493,7 @@ impl Loader {
         Ok(loaded)
     }
 }
+
+#[cfg(test)]
+#[path = "keeper_tests.rs"]
+mod tests;

@@ -26,11 +26,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+mod events;
 mod flights;
 mod operate;
 
+pub(crate) use self::events::Local;
 use self::flights::{Flights, Fresh};
-use super::{hedge::Hedge, limit::Limit};
+use super::{
+    groups::{Groups, Tag},
+    hedge::Hedge,
+    limit::Limit,
+};
 use crate::{
     broker::{BrokerType, Confirmation, Fate, OrderKey, Outcome, Submission, Verdict},
     error::{Assume, Error, ErrorCode},
@@ -75,8 +81,8 @@ pub(crate) struct Settings {
     /// Spooled messages that stay in memory although they are on the disk. With
     /// less than half of that many at hand, half of that many are read.
     pub(crate) head: usize,
-    /// Whether local handlers may take spooled messages during an outage.
-    pub(crate) local: bool,
+    /// Which local handlers may take spooled messages during an outage.
+    pub(crate) local: Local,
     /// How long an overloaded primary is left alone.
     pub(crate) overload_pause: Duration,
 }
@@ -121,6 +127,14 @@ pub(crate) enum Action<W> {
         message: Arc<Message>,
         failure: Failure,
     },
+    /// Keep a copy of a spooled event in the hub's dead letters, for the group
+    /// that has it in hand; then that is to be settled, with an ack, or given
+    /// back if no copy could be made.
+    CopyToDead {
+        tag: Tag,
+        message: Arc<Message>,
+        failure: Failure,
+    },
     /// The state changed.
     Changed {
         from: LaneState,
@@ -146,6 +160,8 @@ pub(crate) struct Machine<W> {
     earliest_deadline: Option<Instant>,
     in_flight: Flights<W>,
     spool: Spool,
+    /// Which groups have which spooled events in hand.
+    groups: Groups,
     next_seq: Seq,
     /// The last sequence number of an earlier process.
     restored: Seq,
@@ -195,6 +211,7 @@ impl<W> Machine<W> {
     pub(crate) fn new(settings: Settings) -> Self {
         let hedge = Hedge::new(settings.hedge.0, settings.hedge.1);
         let pause = settings.overload_pause;
+        let spool = settings.local.prepare(Spool::new());
         Self {
             settings,
             state: LaneState::Primary,
@@ -205,7 +222,8 @@ impl<W> Machine<W> {
             waiting: VecDeque::new(),
             earliest_deadline: None,
             in_flight: Flights::new(),
-            spool: Spool::new(),
+            spool,
+            groups: Groups::default(),
             next_seq: 1,
             restored: 0,
             hedge,
@@ -295,7 +313,14 @@ impl<W> Machine<W> {
         {
             at_least(*since + self.settings.spool_wait);
         }
-        if let Some(due) = self.spool.next_due() {
+        let rested = self.hands_out_events().then(|| self.groups.next_due());
+        if let Some(due) = self
+            .spool
+            .next_due()
+            .into_iter()
+            .chain(rested.flatten())
+            .min()
+        {
             at_least(
                 now.at
                     + due
@@ -325,14 +350,16 @@ impl<W> Machine<W> {
         }
         self.next_seq = last + 1;
         self.restored = last;
-        self.spool = left;
+        self.spool = self.settings.local.prepare(left);
         // Nothing is written before the broker is asked for a lane.
         self.state = LaneState::Degraded;
     }
 
     /// A spooled message is on the disk; its body may go when there are many.
     pub(crate) fn kept(&mut self, seq: Seq) {
-        if self.spool.head_len() > self.settings.head {
+        // Groups read past each other: theirs stay, within the spool's bound.
+        let pages = self.settings.local != Local::Groups;
+        if pages && self.spool.head_len() > self.settings.head {
             self.spool.page_out(seq);
         }
     }
@@ -347,9 +374,10 @@ impl<W> Machine<W> {
             // what was not, so all of it may be a duplicate.
             entry.marks.possible_duplicate |= seq <= self.restored;
             self.spool.page_in(seq, entry);
+            self.groups.came(seq);
         }
         if let Some(error) = self.refusal.clone().filter(|_| self.refused) {
-            while let Some(seq) = self.spool.next_to_drain() {
+            while let Some(seq) = self.next_to_drain() {
                 self.refuse_spooled(seq, &error);
             }
         }
@@ -435,7 +463,7 @@ impl<W> Machine<W> {
                     .push(Action::Answer(intake.waiter, Err(error.clone())));
             }
             self.spool.wake(far_future());
-            while let Some(seq) = self.spool.next_to_drain() {
+            while let Some(seq) = self.next_to_drain() {
                 self.refuse_spooled(seq, error);
             }
             // The broker answers, so this is not an outage: the next publish
@@ -595,7 +623,7 @@ impl<W> Machine<W> {
 
     /// Leases the next spooled message to a local handler, if it may.
     pub(crate) fn lease(&mut self, now: Now) -> Option<(Seq, Entry)> {
-        if !self.settings.local || !matches!(self.state, LaneState::Suspect | LaneState::Degraded) {
+        if self.settings.local != Local::Consumers || !self.is_out() {
             return None;
         }
         self.want_load();
@@ -611,6 +639,9 @@ impl<W> Machine<W> {
 
     /// A local handler decided. False when it holds no such lease.
     pub(crate) fn settle(&mut self, now: Now, seq: Seq, verdict: Verdict) -> bool {
+        if self.settings.local == Local::Groups {
+            return self.settle_event(now, seq, verdict);
+        }
         if self.spool.status(seq) != Some(Status::Leased) {
             return false;
         }
@@ -667,6 +698,8 @@ impl<W> Machine<W> {
         if self.state != LaneState::Draining {
             self.credit = FIRST_CREDIT;
         }
+        // What a group was to try again later it gets from the primary.
+        self.groups.end_rests();
         self.go(LaneState::Draining, why);
     }
 
@@ -735,6 +768,7 @@ impl<W> Machine<W> {
         let mut kept = entry.clone();
         // What is read back by another process was in doubt when this one died.
         kept.marks.possible_duplicate |= status == Status::InDoubt;
+        self.groups.came(seq);
         self.spool.insert(seq, entry, status);
         self.actions.push(Action::Store {
             seq,
@@ -784,6 +818,7 @@ impl<W> Machine<W> {
         if let Some(entry) = self.spool.remove(seq) {
             self.release(entry.size);
             self.actions.push(Action::Remove(seq));
+            self.groups.left(seq);
         }
     }
 
@@ -791,6 +826,7 @@ impl<W> Machine<W> {
     fn bury(&mut self, seq: Seq, failure: Failure) {
         if let Some(entry) = self.spool.remove(seq) {
             self.release(entry.size);
+            self.groups.left(seq);
             self.actions.push(Action::DeadLetter {
                 seq,
                 message: entry.message,
@@ -897,10 +933,13 @@ impl<W> Machine<W> {
             self.actions.push(Action::Write(batch));
         }
         // What rests or is in a local handler's hands comes back by itself and
-        // starts another drain.
-        if self.state == LaneState::Draining
-            && self.spool.len() == self.spool.leased() + self.spool.resting()
-        {
+        // starts another drain. An event comes back for certain, and has its
+        // place in the order of its key.
+        let away = match self.settings.local {
+            Local::Groups => self.spool.resting(),
+            _ => self.spool.leased() + self.spool.resting(),
+        };
+        if self.state == LaneState::Draining && self.spool.len() == away {
             self.go(LaneState::Primary, "the spool is empty");
         }
     }
@@ -913,11 +952,24 @@ impl<W> Machine<W> {
     fn want_load(&mut self) {
         // Ready entries that stand behind the tail are of no use before it.
         let half = self.settings.head.div_ceil(2);
-        let short = self.spool.ready_here() < half || self.spool.next_to_drain().is_none();
-        if short && !self.loading && self.spool.tail_len() > 0 {
+        let short = self.spool.ready_here() < half || !self.spool.begins_here();
+        if short {
+            self.load();
+        }
+    }
+
+    /// Reads the tail's first entries back, if there is a tail.
+    fn load(&mut self) {
+        let half = self.settings.head.div_ceil(2);
+        if !self.loading && self.spool.tail_len() > 0 {
             self.loading = true;
             self.actions.push(Action::Load(self.spool.tail_start(half)));
         }
+    }
+
+    /// An outage, during which local handlers are served.
+    fn is_out(&self) -> bool {
+        matches!(self.state, LaneState::Suspect | LaneState::Degraded)
     }
 
     fn may_write(&self) -> bool {
@@ -941,6 +993,12 @@ impl<W> Machine<W> {
             && self.in_flight.len() < self.settings.window
     }
 
+    /// What is to be drained next; what waits for a group is set aside.
+    fn next_to_drain(&mut self) -> Option<Seq> {
+        self.spool.park_held();
+        self.spool.next_to_drain()
+    }
+
     /// The drain has three quarters of the window; the rest is for new
     /// publishes whose keys the spool does not hold.
     fn drain(&mut self, now: Now, batch: &mut Vec<Submission>) {
@@ -951,7 +1009,7 @@ impl<W> Machine<W> {
         // is worth that.
         let hurry = self.hurries();
         while self.has_drain_window() {
-            let Some(seq) = self.spool.next_to_drain() else {
+            let Some(seq) = self.next_to_drain() else {
                 return;
             };
             if self.bury_if_expired(now, seq) {
@@ -1014,7 +1072,9 @@ impl<W> Machine<W> {
                     LaneState::Draining => {
                         if self.spool.fences(&intake.order) {
                             // Nothing is drained any more that could earn credit.
-                            let free = self.is_slowed() || self.leaves_the_rest();
+                            let free = self.is_slowed()
+                                || self.leaves_the_rest()
+                                || self.waits_for_groups();
                             if spool_room && (self.credit > 0 || free) {
                                 Way::Spool
                             } else {

@@ -2,6 +2,9 @@
 
 mod alarm;
 pub(crate) mod ask;
+mod groups;
+#[cfg(test)]
+mod groups_tests;
 mod hedge;
 pub(crate) mod keeper;
 mod limit;

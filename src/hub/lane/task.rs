@@ -10,7 +10,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -25,8 +25,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     alarm::Alarm,
     ask::{self, ASKS_BOUND, Ask},
-    keeper::{Keeper, Loaded, Progress},
-    machine::{Action, Intake, Machine, Now, Settings},
+    keeper::{Done, Keeper, Loaded, Progress},
+    machine::{Action, Intake, Local, Machine, Now, Settings},
 };
 use crate::{
     broker::{
@@ -71,8 +71,26 @@ pub(crate) struct Reader {
     pub(crate) pattern: Pattern,
     /// Where it gets them.
     pub(crate) deliveries: mpsc::Sender<Vec<Delivery>>,
-    /// Leases of a lane at most; 0: reads along without leasing.
+    /// Which group it reads for: spooled events. None: spooled tasks, or it reads
+    /// along.
+    pub(crate) group: Option<Arc<str>>,
+    /// Deliveries in hand at most, of a lane, or for a group of all lanes; 0:
+    /// reads along without any.
     pub(crate) limit: usize,
+    /// What a group's reader has in hand, of all lanes.
+    pub(crate) in_hand: AtomicUsize,
+}
+
+impl Reader {
+    /// Takes up all the room that is left, and says how much that is.
+    fn reserve(&self) -> usize {
+        self.limit
+            .saturating_sub(self.in_hand.swap(self.limit, Relaxed))
+    }
+
+    fn give_back(&self, room: usize) {
+        self.in_hand.fetch_sub(room, Relaxed);
+    }
 }
 
 /// All readers of a hub; lanes watch the list and pick those of their topic.
@@ -267,6 +285,8 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
         load_pause: Duration::ZERO,
         readers: Vec::new(),
         leases: HashMap::new(),
+        copying: HashMap::new(),
+        acked: Vec::new(),
         settlements,
         status: status.clone(),
     };
@@ -300,6 +320,10 @@ struct Task {
     readers: Vec<(Arc<Reader>, usize)>,
     /// Which reader holds which lease.
     leases: HashMap<Seq, u64>,
+    /// Leases that wait for a copy in the dead letters, with who waits for it.
+    copying: HashMap<Seq, Option<Done>>,
+    /// Handlers who wait until it is on the disk that their group is done.
+    acked: Vec<Done>,
     settlements: mpsc::UnboundedSender<Settlement>,
     status: Arc<Status>,
 }
@@ -377,6 +401,7 @@ impl Task {
                     for s in settled.drain(..) {
                         self.settle(s);
                     }
+                    self.tell_handlers();
                 }
                 Some(ask) = asked.recv() => {
                     // Whoever asks has said before what is wanted.
@@ -492,6 +517,11 @@ impl Task {
             .filter(|r| r.pattern.matches(&self.parts.topic))
             .map(|r| (r.clone(), held.get(&r.id).copied().unwrap_or(0)))
             .collect();
+        let readers = &self.readers;
+        self.machine.keep_groups(|group| {
+            let mut groups = readers.iter().filter_map(|(r, _)| r.group.as_deref());
+            groups.any(|g| g == group)
+        });
     }
 
     /// Does what operators want by now.
@@ -560,6 +590,22 @@ impl Task {
                             dead.bury(&self.parts.topic, message, failure, release);
                         }
                     }
+                    Action::CopyToDead {
+                        tag,
+                        message,
+                        failure,
+                    } => match &self.parts.dead {
+                        Some(dead) => {
+                            let back = &self.settlements;
+                            dead.copy(&self.parts.topic, message, failure, back, tag);
+                        }
+                        // Without a fallback there is no spool either.
+                        None => drop(self.settlements.send(Settlement {
+                            tag,
+                            verdict: Verdict::Requeue,
+                            done: None,
+                        })),
+                    },
                     Action::Store { seq, entry, waiter } => {
                         self.parts.fallback_usages.fetch_add(1, Relaxed);
                         if let Some((waiter, outcome)) = self.keeper.store(seq, &entry, waiter) {
@@ -756,8 +802,12 @@ impl Task {
         }
         let mut starved = false;
         let now = now();
+        let events = self.parts.settings.local == Local::Groups;
+        if events && !self.machine.hands_out_events() {
+            return false;
+        }
         for (reader, held) in &mut self.readers {
-            if reader.limit == 0 {
+            if reader.limit == 0 || reader.group.is_some() != events {
                 continue;
             }
             let mut batch = Vec::new();
@@ -765,6 +815,23 @@ impl Task {
                 starved = !reader.deliveries.is_closed() && self.machine.spool().ready() > 0;
                 continue;
             };
+            if let Some(group) = &reader.group {
+                let room = reader.reserve();
+                let taken = self.machine.take_for(now, group, room);
+                reader.give_back(room - taken.len());
+                // Another lane may have what this reader has room for.
+                starved |= room == 0;
+                *held += taken.len();
+                for (tag, entry) in taken {
+                    self.leases.insert(tag, reader.id);
+                    let received = received(&self.parts, &entry.message, entry.marks);
+                    batch.push(Delivery::new(received, self.settlements.clone(), tag));
+                }
+                if !batch.is_empty() {
+                    permit.send(batch);
+                }
+                continue;
+            }
             while *held < reader.limit {
                 let Some((seq, entry)) = self.machine.lease(now) else {
                     break;
@@ -803,11 +870,11 @@ impl Task {
     }
 
     fn settle(&mut self, settlement: Settlement) {
-        if let Some(id) = self.leases.remove(&settlement.tag)
-            && let Some((_, held)) = self.readers.iter_mut().find(|(r, _)| r.id == id)
-        {
-            *held = held.saturating_sub(1);
+        if self.parts.settings.local == Local::Groups {
+            self.settle_event(settlement);
+            return;
         }
+        self.end_lease(settlement.tag);
         let acked = matches!(settlement.verdict, Verdict::Ack);
         let known = self
             .machine
@@ -816,14 +883,66 @@ impl Task {
             self.parts.recorder.messages_acked.inc();
         }
         if let Some(done) = settlement.done {
-            let _ = done.send(if known {
+            let _ = done.send(if known { Ok(()) } else { Err(not_held()) });
+        }
+    }
+
+    /// As [`Task::settle`], where a group decided about an event.
+    fn settle_event(&mut self, settlement: Settlement) {
+        let Settlement { tag, verdict, done } = settlement;
+        let copied = self.copying.remove(&tag);
+        let copies = matches!(verdict, Verdict::DeadLetter { .. });
+        let acked = matches!(verdict, Verdict::Ack);
+        let known = self.machine.settle(now(), tag, verdict);
+        if copies && known {
+            // The lease goes on until there is a copy.
+            self.copying.insert(tag, done);
+            return;
+        }
+        self.end_lease(tag);
+        if acked && known && copied.is_none() {
+            self.parts.recorder.messages_acked.inc();
+        }
+        let failed = copied.is_some() && !acked;
+        let Some(done) = copied.unwrap_or(done) else {
+            return;
+        };
+        if acked && known {
+            self.acked.push(done);
+        } else {
+            let _ = done.send(if failed {
+                Err(Error::new(
+                    ErrorCode::DeadLetterFailed,
+                    "the hub's dead letters could not take a copy; the event is handed out again",
+                ))
+            } else if known {
                 Ok(())
             } else {
-                Err(Error::new(
-                    ErrorCode::AckFailed,
-                    "the spool no longer holds this delivery",
-                ))
+                Err(not_held())
             });
+        }
+    }
+
+    /// Handlers hear of their acks once the marks are as safe as the events.
+    fn tell_handlers(&mut self) {
+        if self.acked.is_empty() {
+            return;
+        }
+        self.act();
+        for done in std::mem::take(&mut self.acked) {
+            self.keeper.tell_handler(now().at, done);
+        }
+    }
+
+    /// Takes a lease off its reader's account.
+    fn end_lease(&mut self, tag: Seq) {
+        if let Some(id) = self.leases.remove(&tag)
+            && let Some((reader, held)) = self.readers.iter_mut().find(|(r, _)| r.id == id)
+        {
+            *held = held.saturating_sub(1);
+            if reader.group.is_some() {
+                reader.give_back(1);
+            }
         }
     }
 
@@ -861,6 +980,13 @@ fn now() -> Now {
         at: tokio::time::Instant::now().into_std(),
         wall: Timestamp::now(),
     }
+}
+
+fn not_held() -> Error {
+    Error::new(
+        ErrorCode::AckFailed,
+        "the spool no longer holds this delivery",
+    )
 }
 
 fn gone() -> Error {

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::machine::{Action, Intake, Machine, Now, Settings};
+use super::machine::{Action, Intake, Local, Machine, Now, Settings};
 use crate::hub::controls::{Controls, Hold};
 use crate::{
     broker::{BrokerType, Confirmation, Fate, OrderKey, Outcome, Submission, Verdict},
@@ -67,7 +67,7 @@ struct Sim {
     changes: Vec<(LaneState, LaneState)>,
 }
 
-fn settings(budget: &Arc<Budget>, local: bool) -> Settings {
+pub(super) fn settings(budget: &Arc<Budget>, local: bool) -> Settings {
     Settings {
         via: BrokerType::RabbitMq,
         topic: "t".into(),
@@ -79,7 +79,11 @@ fn settings(budget: &Arc<Budget>, local: bool) -> Settings {
         spool_wait: Duration::from_secs(5),
         durable: true,
         head: 4,
-        local,
+        local: if local {
+            Local::Consumers
+        } else {
+            Local::Nobody
+        },
         overload_pause: Duration::from_millis(50),
     }
 }
@@ -195,6 +199,7 @@ impl Sim {
                     Action::Remove(seq) => {
                         assert!(self.disk.remove(&seq).is_some(), "{seq} was not kept");
                     }
+                    Action::CopyToDead { .. } => panic!("tasks are moved, not copied"),
                     Action::Changed { from, to, .. } => self.changes.push((from, to)),
                 }
             }

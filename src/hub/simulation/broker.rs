@@ -175,7 +175,7 @@ impl World {
                 self.logs[l].fresh.push_back(Stored {
                     attempt,
                     marked: submission.marks.possible_duplicate,
-                    message: submission.message,
+                    message: with_settled(submission.message, &submission.marks.settled),
                     conn: c,
                     token,
                 });
@@ -404,4 +404,16 @@ fn name(fate: &Fate) -> &'static str {
         Fate::Unknown(_) => "unknown",
         Fate::Unsent(_) => "unsent",
     }
+}
+
+/// The header under which the simulated brokers carry the groups' marks.
+pub(super) const SETTLED: &str = "settled";
+
+fn with_settled(message: Arc<Message>, groups: &[String]) -> Arc<Message> {
+    if groups.is_empty() {
+        return message;
+    }
+    let mut noted = Message::clone(&message);
+    noted.headers.insert(SETTLED.to_owned(), groups.join(","));
+    Arc::new(noted)
 }

@@ -9,14 +9,18 @@ use std::{
 };
 
 use super::{
+    broker::SETTLED,
     oracle::Attempt,
-    process::attempt_of,
+    process::{GROUP, attempt_of},
     world::{Ev, World},
 };
 use crate::{
     broker::{BrokerType, Delivery, Received, Verdict},
     hub::group::{Lease, Taken},
-    message::{Message, MessageId, Timestamp, wire::Failure},
+    message::{
+        Message, MessageId, Timestamp,
+        wire::{Failure, Marks},
+    },
 };
 
 /// The queue-like broker's queue.
@@ -64,6 +68,12 @@ pub(super) enum Source {
     Spool {
         lane: usize,
         seq: u64,
+    },
+    /// A spooled event, in a group's hands.
+    Event {
+        lane: usize,
+        tag: u64,
+        attempt: Attempt,
     },
 }
 
@@ -276,14 +286,20 @@ impl World {
         self.next_tag += 1;
         let tag = self.next_tag;
         let mut shown = message.clone();
+        let settled = shown.headers.remove(SETTLED).unwrap_or_default();
+        let settled: Vec<String> = settled.split(',').map(str::to_owned).collect();
         shown.id = MessageId::new(shown.id.as_str()).unwrap();
         let received = Received {
             topic: self.topics[g].clone(),
             message: Arc::new(shown),
-            marks: Arc::default(),
+            marks: Arc::new(Marks {
+                settled: settled.clone(),
+                ..Marks::default()
+            }),
             via: BrokerType::InMemory,
         };
         let incarnation = self.processes[p].incarnation;
+        let skips = settled.iter().any(|g| g == GROUP);
         let process = &mut self.processes[p];
         process.sources.insert(tag, source);
         let delivery = Delivery::new(received, process.settlements.clone(), tag);
@@ -299,6 +315,10 @@ impl World {
                         attempt_of(&received.message)
                     )
                 });
+                if skips {
+                    self.oracle
+                        .fail("C6", || format!("{id} says that its group has settled it"));
+                }
                 self.oracle.handler_begins(p, g, &id, retry);
                 let held = Held {
                     source,
@@ -330,6 +350,8 @@ impl World {
             retry,
         } = held;
         let stream = matches!(source, Source::Stream { .. });
+        // Tried again where it is: another copy of it is as good.
+        let in_place = matches!(source, Source::Event { .. });
         let verdict = match self.rng.u32(..100) {
             _ if self.healed => Verdict::Ack,
             0..=79 => Verdict::Ack,
@@ -368,10 +390,11 @@ impl World {
             if self.processes[p].incarnation != incarnation {
                 return;
             }
-            self.oracle.handler_ends(p, group, &id, retry, done);
+            let over = done && !(retried && in_place);
+            self.oracle.handler_ends(p, group, &id, retry, over);
             if let Some(lease) = lease {
                 let group = &self.processes[p].groups[group];
-                match (done, retried) {
+                match (over, retried) {
                     (true, true) => group.retried(lease),
                     (true, false) => group.commit(lease),
                     (false, _) => group.release(lease),
@@ -406,6 +429,7 @@ impl World {
                 epoch,
                 offset,
             } => self.settle_stream(partition, epoch, offset, &verdict),
+            Source::Event { .. } => self.settle_event(p, source, verdict),
             Source::Spool { lane, seq } => {
                 let incarnation = self.processes[p].incarnation;
                 let Some(sim) = self.processes[p].lanes.get_mut(lane) else {
@@ -421,6 +445,22 @@ impl World {
                     .unwrap_or(false)
             }
         }
+    }
+
+    fn settle_event(&mut self, p: usize, source: Source, verdict: Verdict) -> bool {
+        let Source::Event { lane, tag, attempt } = source else {
+            return false;
+        };
+        let incarnation = self.processes[p].incarnation;
+        let Some(sim) = self.processes[p].lanes.get_mut(lane) else {
+            return false;
+        };
+        sim.leases = sim.leases.saturating_sub(1);
+        if matches!(verdict, Verdict::Ack | Verdict::DeadLetter { .. }) {
+            self.oracle.settles(attempt, incarnation);
+        }
+        self.with_machine(p, lane, |machine, now| machine.settle(now, tag, verdict))
+            .unwrap_or(false)
     }
 
     fn settle_queue(&mut self, p: usize, epoch: u32, tag: u64, verdict: &Verdict) -> bool {
@@ -473,6 +513,10 @@ impl World {
 
     /// Hands spooled messages to local handlers that have room.
     pub(super) fn feed_local(&mut self, p: usize, l: usize) {
+        if self.plan.groups && l > 0 {
+            self.feed_group(p, l);
+            return;
+        }
         if !self.plan.local || l != 0 {
             return;
         }
@@ -490,6 +534,34 @@ impl World {
             self.trace(|| format!("process {p} lane {l}: leases {attempt}"));
             self.oracle.leases(attempt, incarnation);
             self.take_in(p, 0, Source::Spool { lane: l, seq }, &entry.message);
+            if self.processes[p].incarnation != incarnation {
+                return;
+            }
+        }
+    }
+}
+
+impl World {
+    /// Hands spooled events to the group, which has a member in each process.
+    fn feed_group(&mut self, p: usize, l: usize) {
+        let now = self.at();
+        let incarnation = self.processes[p].incarnation;
+        let Some(lane) = self.processes[p].lanes.get_mut(l) else {
+            return;
+        };
+        let room = 4_usize.saturating_sub(lane.leases);
+        let taken = lane.machine.take_for(now, &Arc::from(GROUP), room);
+        lane.leases += taken.len();
+        for (tag, entry) in taken {
+            let attempt = attempt_of(&entry.message);
+            self.trace(|| format!("process {p} lane {l}: hands out {attempt}"));
+            self.oracle.gives(attempt, incarnation);
+            let source = Source::Event {
+                lane: l,
+                tag,
+                attempt,
+            };
+            self.take_in(p, 1, source, &entry.message);
             if self.processes[p].incarnation != incarnation {
                 return;
             }

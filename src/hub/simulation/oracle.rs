@@ -82,6 +82,10 @@ pub(super) struct Oracle {
     handled: BTreeSet<(usize, usize, String, u32)>,
     /// First leases in order: (process, incarnation, lane, stream) -> attempt.
     leased: HashMap<(usize, u32, usize, (OrderKey, u8)), Attempt>,
+    /// Events that a group was given out of a spool, in which life of the process.
+    given: BTreeSet<(Attempt, u32)>,
+    /// Events that a group settled in a spool, in which life of the process last.
+    settled: BTreeMap<Attempt, u32>,
     /// What takes room in each process.
     pub(super) held: [usize; 2],
 }
@@ -362,6 +366,50 @@ impl Oracle {
             });
         }
         self.life(attempt).leased = true;
+    }
+
+    /// A hub hands a spooled event to a group of its own.
+    pub(super) fn gives(&mut self, attempt: Attempt, incarnation: u32) {
+        let life = &self.lives[attempt as usize];
+        if matches!(life.wrote, Wrote::Open(_)) && life.wrote_in == incarnation {
+            self.fail("C6", || format!("{attempt} was handed out while in doubt"));
+            return;
+        }
+        if self.settled.get(&attempt) == Some(&incarnation) {
+            self.fail("C6", || {
+                format!("{attempt} was handed out after its group had settled it")
+            });
+        }
+        let life = &self.lives[attempt as usize];
+        let key = (life.process, incarnation, life.lane, life.stream.clone());
+        if self.given.insert((attempt, incarnation))
+            && let Some(before) = self.leased.insert(key, attempt)
+            && before > attempt
+        {
+            self.fail("C5", || {
+                format!("{attempt} was handed out after {before} of its key")
+            });
+        }
+    }
+
+    /// A group settled a spooled event.
+    pub(super) fn settles(&mut self, attempt: Attempt, incarnation: u32) {
+        self.settled.insert(attempt, incarnation);
+    }
+
+    /// A hub writes an attempt with, or without, the group's mark.
+    pub(super) fn notes(&mut self, attempt: Attempt, incarnation: u32, marked: bool) {
+        let settled = self.settled.get(&attempt).copied();
+        if marked && settled.is_none() {
+            self.fail("C6", || {
+                format!("{attempt} is marked, and no group has settled it")
+            });
+        }
+        if !marked && settled == Some(incarnation) {
+            self.fail("C6", || {
+                format!("{attempt} lacks the mark of the group that settled it")
+            });
+        }
     }
 
     // ----- handling -----

@@ -13,7 +13,7 @@ use super::{
     world::{Ev, World},
 };
 use crate::{
-    broker::{BrokerType, Outcome, Settlement, Submission},
+    broker::{BrokerType, Outcome, Settlement, Submission, Verdict},
     config::WindowSettings,
     error::{Error, ErrorCode},
     hub::{
@@ -22,7 +22,7 @@ use crate::{
         intake::{IntakeWindow, Ticket},
         lane::{
             keeper::{Keeper, Loader, Progress, Release},
-            machine::{Action, Machine, Now, Settings},
+            machine::{Action, Local, Machine, Now, Settings},
         },
         spool::{
             Budget, LaneLeft, Seq,
@@ -110,11 +110,17 @@ pub(super) fn lane_name(l: usize) -> LaneName {
     }
 }
 
-fn group() -> Group {
-    Group::new(&WindowSettings {
-        age: Duration::from_secs(24 * 3600),
-        ids: 100_000,
-    })
+/// The name of the group at the stream.
+pub(super) const GROUP: &str = "g";
+
+fn group(name: Option<&str>) -> Group {
+    Group::new(
+        name.map(str::to_owned),
+        &WindowSettings {
+            age: Duration::from_secs(24 * 3600),
+            ids: 100_000,
+        },
+    )
 }
 
 impl Process {
@@ -128,7 +134,7 @@ impl Process {
             disk: Disk::new(),
             intake: IntakeWindow::new(100_000, Duration::from_secs(24 * 3600)),
             tickets: HashMap::new(),
-            groups: [group(), group()],
+            groups: [group(None), group(Some(GROUP))],
             settlements,
             verdicts,
             held: HashMap::new(),
@@ -199,7 +205,11 @@ impl World {
                 budget: process.budget.clone(),
                 spool_wait: Duration::from_secs(5),
                 durable: true,
-                local: plan.local && l == 0,
+                local: match l {
+                    0 if plan.local => Local::Consumers,
+                    1.. if plan.groups => Local::Groups,
+                    _ => Local::Nobody,
+                },
                 overload_pause: Duration::from_millis(50),
                 head: plan.head,
             };
@@ -631,6 +641,12 @@ impl World {
                 self.letters.insert((p, incarnation, attempt), release);
                 self.post(after, Ev::Bury(p, incarnation, attempt));
             }
+            Action::CopyToDead { tag, message, .. } => {
+                self.trace(|| format!("process {p} lane {l}: copies {}", attempt_of(&message)));
+                let now = self.at();
+                let lane = &mut self.processes[p].lanes[l];
+                lane.machine.settle(now, tag, Verdict::Ack);
+            }
             Action::Changed { from, to, why } => {
                 self.trace(|| {
                     format!(
@@ -695,6 +711,8 @@ impl World {
             }
             self.oracle
                 .writes(self.now, attempt, c, incarnation, marked);
+            let settled = submission.marks.settled.iter().any(|g| g == GROUP);
+            self.oracle.notes(attempt, incarnation, settled);
             if self.conns[c]
                 .untold
                 .insert(submission.token, attempt)

@@ -34,6 +34,8 @@ pub(super) struct Plan {
     pub(super) room: usize,
     /// Local handlers take spooled tasks during an outage.
     pub(super) local: bool,
+    /// Local groups get spooled events during an outage.
+    pub(super) groups: bool,
     /// Spooled messages that stay in memory.
     pub(super) head: usize,
     /// The queue's client answers in order.
@@ -173,6 +175,8 @@ impl World {
                 2_000
             },
             local: rng.u32(..3) == 0,
+            // Not drawn, so that the other seeds stay what they were.
+            groups: seed % 7 == 6,
             head: if rng.bool() { rng.usize(2..12) } else { 10_000 },
             in_order: rng.bool(),
             messages: rng.u32(200..=260),
@@ -477,11 +481,12 @@ impl World {
             self.processes[p].slow = 0;
             self.processes[p].fail_syncs = false;
             self.processes[p].dies_in = None;
-            let local = self.plan.local;
+            let (local, groups) = (self.plan.local, self.plan.groups);
             for (l, lane) in self.processes[p].lanes.iter_mut().enumerate() {
                 if lane.machine.state() == LaneState::Degraded
                     && lane.machine.spool().ready() > 0
                     && !(local && l == 0)
+                    && !(groups && l > 0)
                 {
                     lane.must_write_by = Some(self.now + 1_000_000);
                 }

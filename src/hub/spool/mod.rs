@@ -57,7 +57,7 @@ pub(crate) enum Status {
     Ready,
     /// Being drained: written to the primary, not confirmed yet.
     InFlight,
-    /// In a local handler's hands.
+    /// In a local handler's hands; of an event, in at least one group's.
     Leased,
 }
 
@@ -91,6 +91,14 @@ pub(crate) struct Spool {
     resting: BTreeSet<(Timestamp, Seq)>,
     /// How many entries in doubt each hash slot holds.
     doubts: HashMap<usize, u32>,
+    /// Leased entries stay, and nothing of their order key is drained before
+    /// they are given back.
+    holds: bool,
+    /// How many leased entries each hash slot holds, where they hold others.
+    held: HashMap<usize, u32>,
+    /// Ready entries behind a leased one, by hash slot; not in `ready`.
+    parked: HashMap<usize, BTreeSet<Seq>>,
+    parked_len: usize,
     /// How many entries that are not in flight each hash slot holds: what a new
     /// message of the same order key must not overtake. A slot shared by two
     /// keys only sends a message behind the drain that could have gone ahead.
@@ -207,10 +215,20 @@ impl Spool {
             bytes: 0,
             resting: BTreeSet::new(),
             doubts: HashMap::new(),
+            holds: false,
+            held: HashMap::new(),
+            parked: HashMap::new(),
+            parked_len: 0,
             // Made when the first entry comes: most lanes never spool.
             fence: Vec::new(),
             hasher: Hashing::default(),
         }
+    }
+
+    /// From here on leased entries stay where they are in the order: nothing
+    /// of their order key is drained until they are ready again. Before any is.
+    pub(crate) fn hold_keys(&mut self) {
+        self.holds = true;
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -312,7 +330,12 @@ impl Spool {
     }
 
     pub(crate) fn ready(&self) -> usize {
-        self.ready.len() + self.tail.len()
+        self.ready.len() + self.parked_len + self.tail.len()
+    }
+
+    /// The first of those on the disk.
+    pub(crate) fn tail_first(&self) -> Option<Seq> {
+        self.tail.first().map(|(seq, _)| seq)
     }
 
     /// The last of those on the disk.
@@ -413,8 +436,63 @@ impl Spool {
     /// disk: nothing of the head overtakes the tail.
     pub(crate) fn next_to_drain(&self) -> Option<Seq> {
         let first = self.ready.first().copied()?;
-        let tail = self.tail.first().map(|(seq, _)| seq);
-        tail.is_none_or(|tail| first < tail).then_some(first)
+        let free = self.leads(first) && !self.is_held(first);
+        free.then_some(first)
+    }
+
+    /// Whether the first ready entry is here, and not on the disk.
+    pub(crate) fn begins_here(&self) -> bool {
+        self.ready.first().is_some_and(|first| self.leads(*first))
+    }
+
+    /// Sets aside what stands first and waits for a leased entry of its order
+    /// key, so that the drain looks at it once. It comes back with the lease.
+    pub(crate) fn park_held(&mut self) {
+        while let Some(first) = self.ready.first().copied() {
+            let Some(slot) = self.held_slot(first) else {
+                return;
+            };
+            self.ready.remove(&first);
+            self.park(slot, first);
+        }
+    }
+
+    fn leads(&self, seq: Seq) -> bool {
+        self.tail_first().is_none_or(|tail| seq < tail)
+    }
+
+    fn is_held(&self, seq: Seq) -> bool {
+        self.held_slot(seq).is_some()
+    }
+
+    /// The hash slot of an entry, if a leased entry holds it.
+    fn held_slot(&self, seq: Seq) -> Option<usize> {
+        if self.held.is_empty() {
+            return None;
+        }
+        let slot = self.slot(&self.get(seq)?.order);
+        self.held.contains_key(&slot).then_some(slot)
+    }
+
+    fn park(&mut self, slot: usize, seq: Seq) {
+        if self.parked.entry(slot).or_default().insert(seq) {
+            self.parked_len += 1;
+        }
+    }
+
+    /// A lease of a slot has ended; with the last one its entries come back.
+    fn let_go(&mut self, slot: usize) {
+        let Some(count) = self.held.get_mut(&slot) else {
+            return;
+        };
+        *count -= 1;
+        if *count > 0 {
+            return;
+        }
+        self.held.remove(&slot);
+        let parked = self.parked.remove(&slot).unwrap_or_default();
+        self.parked_len -= parked.len();
+        self.ready.extend(parked);
     }
 
     /// The first ready entry by priority, then publish order, that overtakes
@@ -451,7 +529,8 @@ impl Spool {
             .is_some_and(|count| *count > 0)
     }
 
-    fn slot(&self, order: &OrderKey) -> usize {
+    /// The hash slot of an order key; few keys share one.
+    pub(crate) fn slot(&self, order: &OrderKey) -> usize {
         slot(&self.hasher, order)
     }
 
@@ -469,7 +548,12 @@ impl Spool {
                 *self.doubts.entry(slot).or_default() += 1;
             }
             Status::InFlight => self.in_flight += 1,
-            Status::Leased => self.leased += 1,
+            Status::Leased => {
+                self.leased += 1;
+                if self.holds {
+                    *self.held.entry(slot).or_default() += 1;
+                }
+            }
             Status::Ready => {
                 if let Some(due) = due {
                     // A retry has lost its place in the order: it rests apart
@@ -477,7 +561,11 @@ impl Spool {
                     self.resting.insert((due, seq));
                     return;
                 }
-                self.ready.insert(seq);
+                if self.held.contains_key(&slot) {
+                    self.park(slot, seq);
+                } else {
+                    self.ready.insert(seq);
+                }
                 self.by_priority.insert((u8::MAX - priority, seq));
             }
         }
@@ -510,14 +598,22 @@ impl Spool {
                 }
             }
             Status::InFlight => self.in_flight -= 1,
-            Status::Leased => self.leased -= 1,
+            Status::Leased => {
+                self.leased -= 1;
+                self.let_go(slot);
+            }
             Status::Ready => {
                 if let Some(due) = due
                     && self.resting.remove(&(due, seq))
                 {
                     return;
                 }
-                self.ready.remove(&seq);
+                if !self.ready.remove(&seq)
+                    && let Some(parked) = self.parked.get_mut(&slot)
+                    && parked.remove(&seq)
+                {
+                    self.parked_len -= 1;
+                }
                 self.by_priority.remove(&(u8::MAX - priority, seq));
             }
         }
