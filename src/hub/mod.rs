@@ -29,6 +29,7 @@ mod metrics;
 pub mod operator;
 mod publish;
 mod publisher;
+mod replay;
 pub mod route;
 #[cfg(test)]
 mod simulation;
@@ -71,6 +72,7 @@ use crate::{
     broker::{BrokerType, ConsumerControl, MessageBroker},
     error::{Error, ErrorCode, Result},
     metrics::MetricsRecorder,
+    replay::Registry,
     topic::{Pattern, Topic},
     topology::Topology,
 };
@@ -114,6 +116,7 @@ struct Inner {
     health: Mutex<HashMap<BrokerType, Arc<Health>>>,
     drain_rates: Mutex<metrics::DrainRates>,
     subscriptions: Mutex<Vec<Running>>,
+    replays: Mutex<Registry>,
     weakened: Mutex<Vec<Weakness>>,
     tasks: TaskTracker,
     closing: CancellationToken,
@@ -200,6 +203,7 @@ impl MessagingHub {
             health: Mutex::default(),
             drain_rates: Mutex::default(),
             subscriptions: Mutex::default(),
+            replays: Mutex::default(),
             weakened: Mutex::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
