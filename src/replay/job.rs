@@ -141,6 +141,11 @@ impl Job {
             received.partition.unwrap_or_default(),
             received.offset.unwrap_or_default(),
         );
+        let at = self.reading.as_ref().and_then(|r| r.get(&partition));
+        if at.is_none_or(|at| offset < *at) {
+            // Read before: a source that had to begin again may go back a little.
+            return;
+        }
         self.pass(partition, offset + 1);
         self.progress.current = Some(ReplayPlace {
             topic: received.topic.clone(),

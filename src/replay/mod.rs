@@ -7,8 +7,8 @@
 //!                                                        '------ outcomes --------'
 //! ```
 //!
-//! [`Job`] is pure: the time and what happened go in, what to do comes out.
-//! [`run`] is the thin shell around it, over any broker with streams. Who owns the
+//! The job is pure: the time and what happened go in, what to do comes out. The
+//! runner is the thin shell around it, over any broker with streams. Who owns the
 //! jobs, and how many there may be, is the hub's business.
 //!
 //! It reads without a group, so it moves nobody's position, and up to an end that
@@ -29,7 +29,7 @@ mod seen;
 #[cfg(test)]
 mod job_tests;
 
-pub use progress::{Replay, ReplayProgress, ReplayStatus};
+pub use progress::{Replay, ReplayPlace, ReplayProgress, ReplayStatus};
 pub use request::{MAX_BATCH, ReplayFilter, ReplayOptions, ReplayRequest};
 
 pub(crate) use copy::Copied;

@@ -72,7 +72,9 @@ async fn a_group_handles_what_is_replayed_again_and_only_once() {
     let (system, hub) = started().await;
     let topic = unique("events.again");
     stream(&hub, &topic, 3).await;
-    let seen: Arc<Mutex<Vec<(String, Option<String>)>>> = Arc::default();
+    // Bodies, and what they are replays of.
+    type Seen = Vec<(String, Option<String>)>;
+    let seen: Arc<Mutex<Seen>> = Arc::default();
     let notes = seen.clone();
     let options = SubscribeOptions::group("workers");
     let subscription = hub
@@ -306,12 +308,13 @@ async fn a_hub_that_closes_ends_its_replays_first() {
     stream(&hub, &target, 1).await;
     let arrived = Arc::new(AtomicUsize::new(0));
     let counter = arrived.clone();
-    hub.subscribe(&target, SubscribeOptions::default(), move |_: Received| {
-        counter.fetch_add(1, SeqCst);
-        async { Ok::<(), HandlerError>(()) }
-    })
-    .await
-    .unwrap();
+    let _live = hub
+        .subscribe(&target, SubscribeOptions::default(), move |_: Received| {
+            counter.fetch_add(1, SeqCst);
+            async { Ok::<(), HandlerError>(()) }
+        })
+        .await
+        .unwrap();
     for n in 0..100 {
         hub.publish(&topic, Message::new("t", n.to_string()))
             .await

@@ -25,7 +25,7 @@ use rdkafka::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{need, shared_kafka, unique, wait};
+use crate::support::{Kafka, need, shared_kafka, unique, wait};
 
 const SOON: Duration = Duration::from_secs(60);
 const PARTITIONS: i32 = 3;
@@ -52,7 +52,8 @@ async fn stream(hub: &MessagingHub, name: &str, partitions: i32) {
     hub.create_topic(name, &options).await.unwrap();
 }
 
-/// Message `n` of key `n % KEYS` is made `n` milliseconds after `start`.
+/// Message `n` of key `n % KEYS` is made `n` milliseconds after `start`. On a slow
+/// machine some wait in the spool for a moment: it returns when all are in Kafka.
 async fn publish(hub: &MessagingHub, topics: &[String], start: Timestamp, count: u64) {
     let mut by_topic: BTreeMap<&String, Vec<Message>> = BTreeMap::new();
     for n in 0..count {
@@ -67,6 +68,16 @@ async fn publish(hub: &MessagingHub, topics: &[String], start: Timestamp, count:
             outcome.expect("published");
         }
     }
+    wait::until(SOON, "all are in Kafka", async || {
+        let mut there = 0;
+        for topic in topics {
+            let metadata = hub.topic_metadata(topic).await.unwrap();
+            let ends = metadata.partitions.iter().map(|p| p.high_watermark);
+            there += ends.sum::<i64>().unsigned_abs();
+        }
+        there == count
+    })
+    .await;
 }
 
 fn request(json: Value) -> ReplayRequest {
@@ -98,21 +109,19 @@ struct Found {
     of: String,
 }
 
-/// Reads a topic whole: what it has by its watermarks, no more and no less.
-fn read(bootstrap: &str, topic: &str, partitions: i32) -> Vec<Found> {
+/// Reads a topic whole: what it has by its watermarks, which must be `wanted`.
+async fn read(bootstrap: &str, topic: &str, partitions: i32, wanted: u64) -> Vec<Found> {
+    holds(bootstrap, topic, partitions, wanted).await;
     let consumer = bare(bootstrap, &unique("judge"));
     let mut list = TopicPartitionList::new();
-    let mut wanted = 0;
     for p in 0..partitions {
-        let (low, high) = consumer.fetch_watermarks(topic, p, SOON).unwrap();
-        wanted += high - low;
         list.add_partition_offset(topic, p, Offset::Beginning)
             .unwrap();
     }
     consumer.assign(&list).unwrap();
     let mut found = Vec::new();
     let until = Instant::now() + SOON;
-    while i64::try_from(found.len()).unwrap() < wanted {
+    while (found.len() as u64) < wanted {
         assert!(Instant::now() < until, "{} of {wanted}", found.len());
         let Some(record) = consumer.poll(Duration::from_millis(100)) else {
             continue;
@@ -151,6 +160,16 @@ fn held(bootstrap: &str, topic: &str, partitions: i32) -> u64 {
         .map(|p| consumer.fetch_watermarks(topic, p, SOON).unwrap().1)
         .sum::<i64>()
         .unsigned_abs()
+}
+
+/// Waits until a topic holds just so many: what was spooled comes a little later,
+/// and a transaction's end is seen a little after its commit.
+async fn holds(bootstrap: &str, topic: &str, partitions: i32, wanted: u64) {
+    wait::until(SOON, &format!("{wanted} in {topic}"), async || {
+        held(bootstrap, topic, partitions) >= wanted
+    })
+    .await;
+    assert_eq!(held(bootstrap, topic, partitions), wanted);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -222,7 +241,7 @@ async fn fault_18_replay_fetches_the_middle_of_two_topics_and_disturbs_nobody() 
     );
     assert!(p.rate > 0.0 && p.last_id.is_some() && p.offsets_read == p.offsets_total);
 
-    let found = read(&bootstrap, &target, PARTITIONS);
+    let found = read(&bootstrap, &target, PARTITIONS, 4_000).await;
     let mut last: BTreeMap<&str, u64> = BTreeMap::new();
     let (mut ids, mut firsts) = (HashSet::new(), HashSet::new());
     for one in &found {
@@ -245,8 +264,7 @@ async fn fault_18_replay_fetches_the_middle_of_two_topics_and_disturbs_nobody() 
     again["id"] = json!(done.id);
     let second = replayed(&other, again).await;
     assert_eq!(second.progress.replayed, 4_000, "{second:?}");
-    let found = read(&bootstrap, &target, PARTITIONS);
-    assert_eq!(found.len(), 8_000);
+    let found = read(&bootstrap, &target, PARTITIONS, 8_000).await;
     assert_eq!(
         found.iter().map(|f| &f.id).collect::<HashSet<_>>().len(),
         4_000
@@ -282,7 +300,7 @@ async fn a_replay_into_the_topic_that_it_reads_ends() {
     .await;
     assert_eq!(done.progress.status, ReplayStatus::Completed, "{done:?}");
     assert_eq!(done.progress.replayed, 5_000);
-    assert_eq!(held(node.bootstrap(), &topic, PARTITIONS), 10_000);
+    holds(node.bootstrap(), &topic, PARTITIONS, 10_000).await;
     // Both generations lie in the same time now; each message once, please.
     let done = replayed(
         &hub,
@@ -323,7 +341,7 @@ async fn markers_at_the_end_are_not_waited_for_also_by_a_slow_replay() {
     })
     .await
     .unwrap();
-    assert_eq!(held(node.bootstrap(), &topic, 1), 3_001);
+    holds(node.bootstrap(), &topic, 1, 3_001).await;
     let done = replayed(
         &hub,
         json!({"topic": topic, "target_topic": target,
@@ -334,7 +352,7 @@ async fn markers_at_the_end_are_not_waited_for_also_by_a_slow_replay() {
     assert_eq!(p.status, ReplayStatus::Completed, "{done:?}");
     assert_eq!((p.replayed, p.total, p.failed), (3_000, 3_000, 0));
     assert_eq!((p.offsets_read, p.offsets_total), (3_001, 3_001));
-    let found = read(node.bootstrap(), &target, 1);
+    let found = read(node.bootstrap(), &target, 1, 3_000).await;
     let numbers: Vec<u64> = found.iter().map(|f| f.number).collect();
     assert_eq!(numbers, (0..3_000).collect::<Vec<_>>());
     system.close().await;
@@ -384,10 +402,8 @@ async fn five_at_once_the_sixth_is_refused_and_a_cancel_ends_one_in_the_middle()
     }
     let counted: u64 = hub.replays().iter().map(|r| r.progress.replayed).sum();
     // What was counted is what is there.
-    assert_eq!(
-        held(node.bootstrap(), &target, PARTITIONS),
-        counted - dry.progress.replayed
-    );
+    let there = counted - dry.progress.replayed;
+    holds(node.bootstrap(), &target, PARTITIONS, there).await;
     assert_eq!(hub.active_replays(), 0);
     system.close().await;
 }
@@ -400,8 +416,13 @@ async fn a_topic_that_is_deleted_meanwhile_fails_its_replay() {
     stream(&hub, &topic, 1).await;
     let target = unique("events.gone.out");
     stream(&hub, &target, 1).await;
-    let start = Timestamp::now() - Duration::from_secs(600);
-    publish(&hub, std::slice::from_ref(&topic), start, 20_000).await;
+    // More than the reader fetches ahead, and not to be compressed.
+    let noise = || (0..4_096).map(|_| fastrand::u8(..)).collect::<Vec<u8>>();
+    let messages = (0..10_000).map(|_| Message::new("made", noise()));
+    for outcome in hub.publish_batch(&topic, messages.collect()).await {
+        outcome.expect("published");
+    }
+    holds(node.bootstrap(), &topic, 1, 10_000).await;
     let replay = hub
         .start_replay(request(json!({"topic": topic, "target_topic": target,
             "options": {"batch_size": 100, "delay_between": "10ms"}})))
@@ -412,13 +433,53 @@ async fn a_topic_that_is_deleted_meanwhile_fails_its_replay() {
         .set("bootstrap.servers", &bootstrap)
         .create()
         .unwrap();
-    admin
+    let deleted = admin
         .delete_topics(&[&topic], &rdkafka::admin::AdminOptions::new())
-        .await
-        .unwrap();
+        .await;
+    assert!(deleted.unwrap().iter().all(Result::is_ok));
     let over = wait::within(SOON, "it is over", hub.replay_ended(&replay.id)).await;
     let over = over.unwrap();
     assert_eq!(over.progress.status, ReplayStatus::Failed, "{over:?}");
     assert!(over.progress.error.unwrap().contains(&topic));
+    system.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_goes_on_when_its_broker_is_killed_and_comes_back() {
+    let mut node = need!(Kafka::start().await);
+    let (system, hub) = started(node.bootstrap()).await;
+    let (topic, target) = (unique("events.outage"), unique("events.outage.out"));
+    stream(&hub, &topic, PARTITIONS).await;
+    stream(&hub, &target, PARTITIONS).await;
+    let start = Timestamp::now() - Duration::from_secs(600);
+    publish(&hub, std::slice::from_ref(&topic), start, 3_000).await;
+    let ask = json!({"topic": topic, "target_topic": target,
+        "options": {"batch_size": 50, "delay_between": "20ms"}});
+    let replay = hub.start_replay(request(ask)).await.unwrap();
+    wait::until(SOON, "it is under way", async || {
+        hub.replay(&replay.id).unwrap().progress.replayed >= 200
+    })
+    .await;
+    node.kill().await;
+    node.restart().await;
+    let over = wait::within(SOON * 2, "it is over", hub.replay_ended(&replay.id)).await;
+    let over = over.unwrap();
+    assert_eq!(over.progress.status, ReplayStatus::Completed, "{over:?}");
+    assert_eq!((over.progress.replayed, over.progress.failed), (3_000, 0));
+    wait::until(SOON, "the spool is empty", async || {
+        let routes = hub.state().routes;
+        routes.iter().all(|r| r.spool.messages == 0)
+    })
+    .await;
+    // What was in doubt may be there twice, under one id.
+    let there = held(node.bootstrap(), &target, PARTITIONS);
+    let found = read(node.bootstrap(), &target, PARTITIONS, there).await;
+    let (mut last, mut ids) = (BTreeMap::new(), HashSet::new());
+    for one in found.iter().filter(|f| ids.insert(&f.id)) {
+        if let Some(before) = last.insert(&one.key, one.number) {
+            assert!(before < one.number, "{}: {before} first", one.key);
+        }
+    }
+    assert_eq!(ids.len(), 3_000);
     system.close().await;
 }
