@@ -125,6 +125,12 @@ codes! {
     BrokerUnavailable = "BROKER_UNAVAILABLE", true;
     /// The spool has no room.
     SpoolFull = "SPOOL_FULL", true;
+    /// As many replays are active as may be.
+    ReplayLimit = "REPLAY_LIMIT", true;
+    /// There is a replay of this id.
+    ReplayExists = "REPLAY_EXISTS", false;
+    /// There is no replay of this id (any more).
+    ReplayNotFound = "REPLAY_NOT_FOUND", false;
     /// An operation took longer than it was given.
     Timeout = "TIMEOUT", true;
     /// The operation was cancelled, or the component is closed.

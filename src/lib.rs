@@ -26,6 +26,7 @@ pub mod hub;
 pub mod journal;
 pub mod message;
 pub mod metrics;
+pub mod replay;
 pub mod secret;
 pub mod system;
 pub mod topic;

@@ -251,6 +251,11 @@ pub struct StreamOptions {
     pub max_wait: Duration,
     /// Read this partition only.
     pub partition: Option<i32>,
+    /// Read these partitions of one topic, each up to this offset (the first that
+    /// is not read), and end: the deliveries are closed when all of it was handed
+    /// over. Offsets that were compacted away are not waited for. For readers
+    /// without a group. Default: every partition, for ever.
+    pub until: Option<BTreeMap<i32, i64>>,
 }
 
 impl Default for StreamOptions {
@@ -261,6 +266,7 @@ impl Default for StreamOptions {
             max_bytes: 10 * 1024 * 1024,
             max_wait: Duration::from_millis(500),
             partition: None,
+            until: None,
         }
     }
 }

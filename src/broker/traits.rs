@@ -1,6 +1,6 @@
 //! The three broker traits.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -344,6 +344,13 @@ pub trait EventStreamBroker: MessageBroker {
     /// # Errors
     /// `TOPIC_NOT_FOUND`.
     async fn topic_metadata(&self, topic: &Topic) -> Result<TopicMetadata>;
+
+    /// The offset of every partition that a reader who starts there begins at.
+    /// Where nothing is that new it is the end.
+    ///
+    /// # Errors
+    /// `TOPIC_NOT_FOUND`, or why the broker cannot be asked.
+    async fn locate(&self, topic: &Topic, at: SeekTo) -> Result<BTreeMap<i32, i64>>;
 
     /// Makes a group with a position in every partition of the topics that
     /// exist now (`reset` says where).

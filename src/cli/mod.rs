@@ -8,6 +8,7 @@ mod client;
 mod config;
 mod data;
 mod publish;
+mod replay;
 mod serve;
 mod spool;
 mod sse;
@@ -102,6 +103,9 @@ enum Command {
     /// Look at the spool, pause and resume its drain, export it.
     #[command(subcommand)]
     Spool(spool::Spool),
+    /// Publish again what streams have of a stretch of time.
+    #[command(subcommand)]
+    Replay(replay::Replay),
     /// Compare what should exist on the brokers with what does.
     #[command(subcommand)]
     Topology(topology::Topology),
@@ -121,6 +125,7 @@ impl Cli {
             Command::Subscribe(subscribe) => subscribe.run(&target).await,
             Command::State(state) => state.run(&target).await,
             Command::Spool(spool) => spool.run(&target).await,
+            Command::Replay(replay) => replay.run(&target).await,
             Command::Topology(topology) => topology.run(&target).await,
             Command::Config(config) => config.run(&target),
             Command::Health => state::health(&target).await,

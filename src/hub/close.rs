@@ -27,6 +27,9 @@ const CLOSE_SLACK: Duration = Duration::from_secs(5);
 /// brokers.
 const HANDLERS_SHARE: f64 = 0.6;
 
+/// Share of the grace period that replays get for what they have under way.
+const REPLAYS_SHARE: f64 = 0.2;
+
 impl MessagingHub {
     /// Stops intake, finishes or hands back work, flushes and closes every
     /// broker, within `grace`. What a memory spool holds is moved to its broker,
@@ -42,6 +45,9 @@ impl MessagingHub {
     async fn close_once(&self, grace: Duration) -> CloseReport {
         let start = tokio::time::Instant::now();
         let mut report = CloseReport::default();
+        // First: what they publish takes room in the lanes from what is waited for.
+        self.stop_replays(start + grace.mul_f64(REPLAYS_SHARE))
+            .await;
         let running = lock(&self.0.subscriptions).clone();
         for one in &running {
             one.control.begin_stop();

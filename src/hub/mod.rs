@@ -41,6 +41,7 @@ mod publish;
 mod publisher;
 #[cfg(feature = "journal")]
 mod remember;
+mod replay;
 pub mod route;
 #[cfg(test)]
 mod simulation;
@@ -86,6 +87,7 @@ use crate::{
     broker::{BrokerType, ConsumerControl, MessageBroker},
     error::{Error, ErrorCode, Result},
     metrics::MetricsRecorder,
+    replay::Registry,
     topic::{Pattern, Topic},
     topology::Topology,
 };
@@ -134,6 +136,7 @@ struct Inner {
     canaries: Mutex<HashMap<Pattern, watch::Receiver<CanaryState>>>,
     drain_rates: Mutex<metrics::DrainRates>,
     subscriptions: Mutex<Vec<Running>>,
+    replays: Mutex<Registry>,
     weakened: Mutex<Vec<Weakness>>,
     tasks: TaskTracker,
     closing: CancellationToken,
@@ -223,6 +226,7 @@ impl MessagingHub {
             canaries: Mutex::default(),
             drain_rates: Mutex::default(),
             subscriptions: Mutex::default(),
+            replays: Mutex::default(),
             weakened: Mutex::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),

@@ -186,13 +186,27 @@ impl MessagingHub {
     }
 
     /// Accepts a message: checks it, finds its lane and waits for room there.
-    pub(super) async fn enqueue(
+    pub(super) fn enqueue<'a>(
+        &'a self,
+        topic: &'a Topic,
+        publisher: u64,
+        message: Message,
+        options: &'a PublishOptions,
+        found: Option<&'a Found>,
+    ) -> impl Future<Output = Result<Pending>> + Send + use<'a> {
+        // Not `async`, which would move the message once more.
+        self.enqueue_marked(topic, publisher, message, options, found, Marks::default())
+    }
+
+    /// Accepts a message with marks of the hub's own.
+    pub(super) async fn enqueue_marked(
         &self,
         topic: &Topic,
         publisher: u64,
         mut message: Message,
         options: &PublishOptions,
         found: Option<&Found>,
+        marks: Marks,
     ) -> Result<Pending> {
         let since = tokio::time::Instant::now().into_std();
         self.check_open()?;
@@ -263,7 +277,7 @@ impl MessagingHub {
             order,
             confirm: options.confirm && entry.broker.confirms(),
             deadline: since + options.timeout,
-            marks: Marks::default(),
+            marks,
             waiter: Waiter {
                 id: message.id.clone(),
                 since,

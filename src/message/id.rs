@@ -32,6 +32,17 @@ impl MessageId {
         }
     }
 
+    /// An id that the hub worked out. Nobody brought it, so it is not watched for
+    /// repeats at the entrance; readers know it by its text as any other.
+    pub(crate) fn derived(id: Uuid) -> Self {
+        let mut buffer = Uuid::encode_buffer();
+        let text: &str = id.hyphenated().encode_lower(&mut buffer);
+        Self {
+            text: text.into(),
+            generated: true,
+        }
+    }
+
     /// Checks and wraps an id that the caller brought.
     ///
     /// # Errors

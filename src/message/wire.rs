@@ -9,6 +9,7 @@
 use std::borrow::Cow;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
+use serde::{Deserialize, Serialize};
 
 use super::{EventAttributes, Message, MessageId, Priority, TaskAttributes, Timestamp};
 
@@ -43,6 +44,8 @@ pub mod names {
     pub const FIRST_FAILURE: &str = "hub-first-failure";
     pub const LAST_FAILURE: &str = "hub-last-failure";
     pub const ORIGINAL_TOPIC: &str = "hub-original-topic";
+    pub const REPLAY_OF: &str = "hub-replay-of";
+    pub const REPLAY_ID: &str = "hub-replay-id";
     pub const TASK_PREFIX: &str = "hub-task-";
 }
 
@@ -73,6 +76,18 @@ pub struct Marks {
     pub settled: Vec<String>,
     /// Why, and when, it failed; set on dead letters and retries.
     pub failure: Option<Box<Failure>>,
+    /// What it is a replay of, if it is one.
+    pub replay: Option<Box<Replayed>>,
+}
+
+/// Where a replayed message comes from. It has an id of its own, so that its
+/// readers handle it again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replayed {
+    /// The id of the message that was published first.
+    pub of: String,
+    /// The replay that published it again.
+    pub by: String,
 }
 
 /// Failure metadata as it travels.
@@ -200,6 +215,10 @@ pub fn encode<'a>(
             failure.original_topic.as_str().into(),
         );
     }
+    if let Some(replay) = &marks.replay {
+        put(names::REPLAY_OF, replay.of.as_str().into());
+        put(names::REPLAY_ID, replay.by.as_str().into());
+    }
     if let Some(task) = &message.task {
         encode_task(task, &mut out);
     }
@@ -317,6 +336,8 @@ fn decode_one(message: &mut Message, marks: &mut Marks, name: &str, value: &str)
                 .map(group_named)
                 .collect();
         }
+        names::REPLAY_OF => value.clone_into(&mut replayed(marks).of),
+        names::REPLAY_ID => value.clone_into(&mut replayed(marks).by),
         names::TRACEPARENT => {
             match split_traceparent(value) {
                 // A parent that we made from a bare trace id is undone; any
@@ -351,6 +372,15 @@ fn join_groups(groups: &[String]) -> String {
 
 fn group_named(text: &str) -> String {
     text.replace("%2C", ",").replace("%25", "%")
+}
+
+fn replayed(marks: &mut Marks) -> &mut Replayed {
+    marks.replay.get_or_insert_with(|| {
+        Box::new(Replayed {
+            of: String::new(),
+            by: String::new(),
+        })
+    })
 }
 
 fn put_trace<'a>(trace: &'a str, put: &mut impl FnMut(&'static str, Cow<'a, str>)) {
@@ -580,6 +610,10 @@ mod tests {
             possible_duplicate: true,
             settled: vec!["a".into(), "b, and c".into(), "100%2C%".into()],
             failure: Some(Box::new(Failure::now("handler_error", "x", "t", None))),
+            replay: Some(Box::new(Replayed {
+                of: "first".into(),
+                by: "again".into(),
+            })),
         };
         for carrier in [Carrier::Amqp, Carrier::Kafka] {
             let (back, back_marks) = round_trip(&message, &marks, carrier);

@@ -84,6 +84,14 @@ pub(super) fn consume_streams(
     if options.max_poll_records == 0 || options.stream.buffer_size == 0 {
         return wrong("max_poll_records and stream.buffer_size must be at least 1");
     }
+    if options.stream.until.is_some() {
+        if options.group_id.is_some() {
+            return wrong("stream.until is for a reader without a group; leave one of the two out");
+        }
+        if pattern.literal().is_none() {
+            return wrong("stream.until needs one topic, not a pattern: offsets are a topic's own");
+        }
+    }
     let capacity = options.buffer_size.clamp(1, STREAM_BATCHES);
     let notify = Arc::new(Notify::new());
     let reader = Reader::new(pattern.clone(), options, capacity, notify.clone());
@@ -140,6 +148,14 @@ impl Port {
         }
     }
 
+    /// Whether it has come to the end that it was given.
+    fn is_read(self, shared: &Shared) -> bool {
+        match self {
+            Self::Queue(_) => false,
+            Self::Stream(id) => shared.step(|state, _| state.is_read(id)),
+        }
+    }
+
     fn held(self, shared: &Shared) -> usize {
         match self {
             Self::Queue(id) => shared.step(|state, _| state.held_by(id)),
@@ -174,6 +190,7 @@ pub(super) fn start(
         stopping,
         report,
         filter: options.filter.clone(),
+        ends: options.stream.until.is_some(),
         needs_settling: !options.auto_ack
             && (retry == RetryMode::Broker || options.group_id.is_some()),
     };
@@ -194,6 +211,8 @@ struct Task {
     stopping: CancellationToken,
     report: watch::Sender<ConsumerState>,
     filter: Option<Filter>,
+    /// It was given an end.
+    ends: bool,
     needs_settling: bool,
 }
 
@@ -221,11 +240,15 @@ impl Task {
                     let taken = self.port.take(&self.shared);
                     if taken.is_empty() {
                         may_have_more = false;
-                        continue;
+                    } else {
+                        let batch = self.deliver(taken, &settle);
+                        if !batch.is_empty() {
+                            permit.send(batch);
+                        }
                     }
-                    let batch = self.deliver(taken, &settle);
-                    if !batch.is_empty() {
-                        permit.send(batch);
+                    // Also after nothing was there: what was dropped is passed.
+                    if self.ends && self.port.is_read(&self.shared) {
+                        break;
                     }
                 }
             }

@@ -1,5 +1,7 @@
 //! The stream side of the broker's interface.
 
+use std::collections::BTreeMap;
+
 use async_trait::async_trait;
 
 use super::EmbeddedBroker;
@@ -45,6 +47,18 @@ impl EventStreamBroker for EmbeddedBroker {
                 Error::new(ErrorCode::TopicNotFound, "the stream was deleted just now")
                     .on(topic.as_str())
             })
+        })
+    }
+
+    async fn locate(&self, topic: &Topic, at: SeekTo) -> Result<BTreeMap<i32, i64>> {
+        self.shared.usable()?;
+        self.shared.step(|state, now| {
+            state.retain_streams(now);
+            let id = state.known_stream(topic)?;
+            let count = state.streams.get(&id).map_or(0, |s| s.core.count());
+            (0..count)
+                .map(|p| Ok((p, state.locate(id, p, at)?)))
+                .collect()
         })
     }
 

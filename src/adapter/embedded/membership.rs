@@ -188,6 +188,10 @@ impl State {
         else {
             return;
         };
+        if new && reader.until.is_some() {
+            // Its ends are another stream's of this name.
+            return;
+        }
         for p in 0..named.core.count() {
             if !reader.wants(&named.name, p) {
                 continue;

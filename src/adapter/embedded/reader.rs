@@ -22,6 +22,8 @@ pub(super) struct Reader {
     pub(super) pattern: Pattern,
     /// Only this partition of each.
     pub(super) partition: Option<i32>,
+    /// Only these partitions, each up to this offset.
+    pub(super) until: Option<BTreeMap<i32, i64>>,
     /// The group that it is a member of.
     pub(super) group: Option<String>,
     pub(super) instance: Option<String>,
@@ -75,6 +77,7 @@ impl Reader {
         Self {
             pattern,
             partition: options.stream.partition,
+            until: options.stream.until.clone(),
             group: options.group_id.clone(),
             instance: options.group_instance_id.clone(),
             start: options.start.clone(),
@@ -98,7 +101,28 @@ impl Reader {
 
     /// Whether it reads this partition.
     pub(super) fn wants(&self, name: &str, partition: i32) -> bool {
-        self.pattern.matches(name) && self.partition.is_none_or(|p| p == partition)
+        self.pattern.matches(name)
+            && self.partition.is_none_or(|p| p == partition)
+            && self
+                .until
+                .as_ref()
+                .is_none_or(|until| until.contains_key(&partition))
+    }
+
+    /// Where its reading of a partition ends.
+    pub(super) fn end(&self, partition: i32) -> i64 {
+        let until = self.until.as_ref().and_then(|u| u.get(&partition));
+        until.copied().unwrap_or(i64::MAX)
+    }
+
+    /// Whether it has an end and has come to it everywhere. What was compacted or
+    /// dropped meanwhile it has passed.
+    pub(super) fn is_done(&self) -> bool {
+        self.until.is_some()
+            && self
+                .positions
+                .iter()
+                .all(|((_, partition), at)| *at >= self.end(*partition))
     }
 
     /// How many more messages it may get now.

@@ -66,6 +66,11 @@ impl State {
         batch.taken
     }
 
+    /// Whether a reader that ends has read everything.
+    pub(super) fn is_read(&self, id: ConsumerId) -> bool {
+        self.readers.get(&id).is_none_or(Reader::is_done)
+    }
+
     /// Carries out verdicts of a member, and answers each.
     pub(super) fn settle_stream(
         &mut self,
@@ -144,8 +149,9 @@ impl State {
                     None => return,
                 }
             } else {
+                let end = reader.end(key.1).min(log.high());
                 match reader.positions.get_mut(&key) {
-                    Some(position) if *position < log.high() => {
+                    Some(position) if *position < end => {
                         *position += 1;
                         (*position - 1, false)
                     }

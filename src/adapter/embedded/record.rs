@@ -20,7 +20,7 @@ use crate::{
     message::{
         DeliveryMode, EventAttributes, Headers, Key, Message, MessageState, TaskAttributes,
         Timestamp,
-        wire::{Failure, Marks},
+        wire::{Failure, Marks, Replayed},
     },
 };
 
@@ -289,6 +289,8 @@ struct Metadata<'a> {
     settled: Cow<'a, [String]>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     failure: Option<Failed<'a>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    replay: Option<Cow<'a, Replayed>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -345,6 +347,7 @@ impl<'a> Metadata<'a> {
             pd: marks.possible_duplicate,
             settled: Cow::Borrowed(&marks.settled),
             failure: marks.failure.as_deref().map(Failed::of),
+            replay: marks.replay.as_deref().map(Cow::Borrowed),
         }
     }
 }
@@ -507,6 +510,7 @@ mod reading {
                 possible_duplicate: self.pd,
                 settled: self.settled.into_owned(),
                 failure: self.failure.map(|f| Box::new(f.failure())),
+                replay: self.replay.map(|r| Box::new(r.into_owned())),
             };
             Ok(Content {
                 message: Arc::new(message),

@@ -58,6 +58,10 @@ fn full() -> Content {
                 last: at(6),
                 original_topic: "tasks.x".into(),
             })),
+            replay: Some(Box::new(Replayed {
+                of: "first".into(),
+                by: "again".into(),
+            })),
         }),
         routing_key: Some("key".into()),
     }

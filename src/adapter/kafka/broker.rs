@@ -2,6 +2,7 @@
 //! parts of this folder.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -543,6 +544,11 @@ impl EventStreamBroker for KafkaBroker {
     async fn topic_metadata(&self, topic: &Topic) -> Result<TopicMetadata> {
         self.open()?;
         self.backend.admin.describe(topic).await
+    }
+
+    async fn locate(&self, topic: &Topic, at: SeekTo) -> Result<BTreeMap<i32, i64>> {
+        self.open()?;
+        groups::locate(&self.backend, topic, at).await
     }
 
     async fn create_consumer_group(

@@ -2,7 +2,7 @@
 //! others the position is committed from outside, which Kafka takes only while
 //! the group has no live members.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
@@ -76,6 +76,26 @@ pub(super) async fn seek(
     let partitions = range.map(|p| (topic.as_str().to_owned(), p)).collect();
     let offsets = positions(backend, partitions, to).await?;
     inside_then_outside(backend, group, offsets, Command::Seek).await
+}
+
+/// Where a seek of every partition of a topic would go. Asked now, so that a
+/// topic that is gone is not found.
+pub(super) async fn locate(
+    backend: &Arc<Backend>,
+    topic: &Topic,
+    at: SeekTo,
+) -> Result<BTreeMap<i32, i64>> {
+    let facts = backend.admin.look_up(topic).await?.ok_or_else(|| {
+        Error::new(ErrorCode::TopicNotFound, "there is no such topic")
+            .at(BrokerType::Kafka)
+            .on(topic.as_str())
+    })?;
+    let partitions = (0..facts.partitions).map(|p| (topic.as_str().to_owned(), p));
+    let found = positions(backend, partitions.collect(), at).await?;
+    Ok(found
+        .into_iter()
+        .map(|((_, p), offset)| (p, offset))
+        .collect())
 }
 
 /// Commits a position.

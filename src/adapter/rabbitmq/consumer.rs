@@ -305,6 +305,7 @@ fn check(shared: &Shared, source: &Source, options: &SubscribeOptions) -> Result
                 max_bytes,
                 max_wait,
                 partition,
+                ref until,
                 buffer_size: _,
             } = options.stream;
             let d = StreamOptions::default();
@@ -312,8 +313,9 @@ fn check(shared: &Shared, source: &Source, options: &SubscribeOptions) -> Result
                 || max_bytes != d.max_bytes
                 || max_wait != d.max_wait
                 || partition.is_some()
+                || until.is_some()
             {
-                return refuse("RabbitMQ pushes messages one by one: min_bytes, max_bytes, max_wait and partition do not apply; leave them out".to_owned());
+                return refuse("RabbitMQ pushes messages one by one and keeps no log: min_bytes, max_bytes, max_wait, partition and until do not apply; leave them out".to_owned());
             }
             if options.max_poll_records == 0 {
                 return refuse("max_poll_records must be at least 1".to_owned());

@@ -351,6 +351,7 @@ mod tests {
             possible_duplicate: true,
             settled: vec!["g".into()],
             failure: Some(Box::new(Failure::now("r", "d", "tasks.x", None))),
+            replay: None,
         };
         let (mut back, back_marks) = round(&message, &marks);
         assert_eq!(back.topic.take().as_deref(), Some("tasks.x"));

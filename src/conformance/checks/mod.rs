@@ -148,6 +148,7 @@ checks! {
     STREAM streams::a_groupless_reader_gets_everything_and_moves_no_group [GrouplessReaders, HistoryReplay];
     STREAM streams::a_new_group_starts_where_it_was_told [Groups, HistoryReplay];
     STREAM streams::a_reader_can_start_at_a_time_or_an_offset [GrouplessReaders, HistoryReplay];
+    STREAM streams::a_reader_with_an_end_reads_to_it_and_ends [GrouplessReaders, HistoryReplay];
     STREAM streams::a_position_never_passes_an_unsettled_message [Offsets];
     STREAM streams::a_committed_position_is_where_a_group_goes_on [Offsets];
     STREAM streams::a_group_can_be_moved [Seek];

@@ -158,6 +158,43 @@ pub(super) async fn a_reader_can_start_at_a_time_or_an_offset(f: Fixture) -> Res
     Ok(())
 }
 
+pub(super) async fn a_reader_with_an_end_reads_to_it_and_ends(f: Fixture) -> Result<(), Failure> {
+    let client = f.client().await?;
+    let topic = single(&f, &client).await?;
+    let ids = f.publish_numbered(&client, &topic, 1_500).await?;
+    // An end in the middle, one that is the last message, and one with nothing
+    // before it.
+    for (first, end) in [(300, 1_200), (0, 1_500), (40, 40)] {
+        let from = BTreeMap::from([((topic.as_str().to_owned(), 0), first)]);
+        let mut options = groupless(StartFrom::Offsets(from));
+        options.stream.until = Some(BTreeMap::from([(0, end)]));
+        let source = f.kind().source_of((&topic).into());
+        let mut reader = Reader::new(client.consume(&source, &options).await?);
+        let deadline = Instant::now() + Reader::PATIENCE;
+        let mut seen = Vec::new();
+        loop {
+            match reader.poll(deadline).await {
+                Ok(Some(delivery)) => seen.push(delivery.message.id.clone()),
+                Ok(None) => break,
+                Err(_) => {
+                    return Err(Failure::new(format!(
+                        "expected an end at {end}, seen {} messages and none",
+                        seen.len()
+                    )));
+                }
+            }
+        }
+        let wanted = usize::try_from(first).unwrap_or(0)..usize::try_from(end).unwrap_or(0);
+        ensure!(
+            Some(&seen[..]) == ids.get(wanted.clone()),
+            "expected messages {wanted:?} and the end, seen {} of them",
+            seen.len()
+        );
+        reader.stop().await?;
+    }
+    Ok(())
+}
+
 pub(super) async fn a_position_never_passes_an_unsettled_message(
     f: Fixture,
 ) -> Result<(), Failure> {

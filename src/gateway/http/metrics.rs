@@ -43,6 +43,12 @@ pub(super) async fn prometheus(State(app): State<App>) -> Response {
             depths.iter().map(|(q, n)| (vec![q.as_str()], *n as f64)),
         )?;
         page.gauges(
+            "messaging_replay_active",
+            "Replays that are active",
+            &[],
+            [(vec![], app.hub().active_replays() as f64)],
+        )?;
+        page.gauges(
             "messaging_leases",
             "Deliveries leased over HTTP",
             &[],

@@ -27,6 +27,7 @@ mod positions;
 mod problem;
 mod publish;
 mod raw;
+mod replays;
 mod router;
 mod server;
 mod spool;

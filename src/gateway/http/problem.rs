@@ -139,7 +139,11 @@ impl From<Error> for Problem {
             topic: error.topic().map(str::to_owned),
             id: error.message_id().map(str::to_owned),
             broker: error.broker().map(|b| b.as_str()),
-            retry_after: (status == StatusCode::SERVICE_UNAVAILABLE).then_some(RETRY_AFTER),
+            retry_after: matches!(
+                status,
+                StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS
+            )
+            .then_some(RETRY_AFTER),
         }))
     }
 }
@@ -203,6 +207,9 @@ fn describe(code: ErrorCode) -> (StatusCode, &'static str) {
             StatusCode::CONFLICT,
             "It could not be made, or exists with other settings",
         ),
+        C::ReplayNotFound => (StatusCode::NOT_FOUND, "There is no such replay"),
+        C::ReplayExists => (StatusCode::CONFLICT, "There is a replay of this id"),
+        C::ReplayLimit => (StatusCode::TOO_MANY_REQUESTS, "Too many replays are active"),
         C::AuthenticationFailed => (
             StatusCode::BAD_GATEWAY,
             "The broker refused the hub's credentials",

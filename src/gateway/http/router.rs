@@ -9,7 +9,9 @@ use axum::{
     routing::{get, post},
 };
 
-use super::{App, commit, guard, lease, metrics, problem::Problem, publish, spool, state, stream};
+use super::{
+    App, commit, guard, lease, metrics, problem::Problem, publish, replays, spool, state, stream,
+};
 
 /// Every path, behind the guard.
 pub(super) fn router(app: &App) -> Router {
@@ -28,6 +30,9 @@ pub(super) fn router(app: &App) -> Router {
         .route("/v1/spool/resume", post(spool::resume))
         .route("/v1/spool/export", get(spool::export))
         .route("/v1/spool/adopt", post(spool::adopt))
+        .route("/v1/replays", get(replays::list).post(replays::start))
+        .route("/v1/replays/{id}", get(replays::one))
+        .route("/v1/replays/{id}/cancel", post(replays::cancel))
         .route("/v1/topology", get(state::topology))
         .route("/v1/topology/apply", post(state::apply))
         .route("/v1/topology/wanted", get(state::wanted))

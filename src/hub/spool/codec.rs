@@ -16,7 +16,10 @@ use super::{Entry, Seq};
 use crate::{
     broker::{Compression, OrderKey},
     error::{Error, ErrorCode, Result},
-    message::{Message, Timestamp, wire::Failure, wire::Marks},
+    message::{
+        Message, Timestamp,
+        wire::{Failure, Marks, Replayed},
+    },
     topic::Topic,
 };
 
@@ -66,6 +69,8 @@ struct Description {
     settled: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     failure: Option<KeptFailure>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    replay: Option<Box<Replayed>>,
     /// The hub made the id.
     #[serde(default, skip_serializing_if = "is_false")]
     generated: bool,
@@ -110,6 +115,7 @@ pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> 
             last: f.last.as_millis(),
             topic: f.original_topic.clone(),
         }),
+        replay: entry.marks.replay.clone(),
         generated: message.id.is_generated(),
         message,
     };
@@ -182,6 +188,7 @@ pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
                         original_topic: f.topic,
                     })
                 }),
+                replay: found.replay,
             },
             // Whatever was asked for then, nobody waits for the answer now.
             confirm: true,
@@ -234,6 +241,10 @@ mod tests {
                     first: Timestamp::from_millis(1),
                     last: Timestamp::from_millis(2),
                     original_topic: "t".to_owned(),
+                })),
+                replay: Some(Box::new(Replayed {
+                    of: "o".to_owned(),
+                    by: "b".to_owned(),
                 })),
             },
             confirm: true,

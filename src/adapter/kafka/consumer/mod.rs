@@ -7,6 +7,7 @@
 //! ```
 
 mod core;
+mod ends;
 mod handout;
 mod position;
 mod reader;
@@ -26,6 +27,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
     core::{Client, Context, Core},
+    ends::Ends,
     handout::HandOut,
     reader::Reader,
     state::Settle,
@@ -112,6 +114,7 @@ impl Consumers {
             stopping: stopping.clone(),
             report,
             assigned: HashSet::new(),
+            ends: Ends::new(options.stream.until.as_ref()),
         };
         let thread = std::thread::Builder::new()
             .name("kafka-consumer".to_owned())
@@ -263,6 +266,18 @@ impl Plan {
                 "offset_reset: none needs a group; a reader without one begins where start says",
             ));
         }
+        if options.stream.until.is_some() {
+            if group.is_some() {
+                return Err(invalid(
+                    "stream.until is for a reader without a group; leave one of the two out",
+                ));
+            }
+            if source.pattern().literal().is_none() {
+                return Err(invalid(
+                    "stream.until needs one topic, not a pattern: offsets are a topic's own",
+                ));
+            }
+        }
         let only = options.stream.partition;
         if only.is_some_and(|p| p < 0) {
             return Err(invalid("stream.partition must not be negative"));
@@ -365,7 +380,12 @@ impl Plan {
             .set("queued.max.messages.kbytes", PREFETCH_KBYTES)
             // After the prefetch was full: its default of a second is a stall.
             .set("fetch.queue.backoff.ms", "10")
-            .set("topic.blacklist", "^__.*");
+            .set("topic.blacklist", "^__.*")
+            // How a reader with an end knows that the rest of it does not exist.
+            .set(
+                "enable.partition.eof",
+                options.stream.until.is_some().to_string(),
+            );
         if let Ok(ms) = session.parse::<u64>() {
             c.set("max.poll.interval.ms", ms.max(300_000).to_string());
         }

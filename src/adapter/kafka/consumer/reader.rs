@@ -12,6 +12,7 @@ use std::{
 use rdkafka::{
     consumer::{CommitMode, Consumer as _},
     error::{KafkaError, KafkaResult},
+    message::Message as _,
     types::RDKafkaErrorCode as Code,
 };
 use tokio::sync::watch;
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     core::{Client, Command, Core, bare_list, list_of},
+    ends::Ends,
     position,
     state::Settle,
     tracker::TopicPartition,
@@ -42,6 +44,8 @@ pub(super) struct Reader {
     pub(super) stopping: CancellationToken,
     pub(super) report: watch::Sender<ConsumerState>,
     pub(super) assigned: HashSet<TopicPartition>,
+    /// How far it reads.
+    pub(super) ends: Ends,
 }
 
 impl Reader {
@@ -74,6 +78,14 @@ impl Reader {
                 next_look = Instant::now() + self.look();
             }
             self.tell();
+            if self.ends.is_over() {
+                if self.core.state().unfinished() == 0 {
+                    return Ok(());
+                }
+                // The rest is handed over first: stopping would drop it.
+                self.core.wait(SLICE, |s| s.unfinished() == 0 || s.stopping);
+                continue;
+            }
             let window = self.window;
             if self.core.state().unfinished() >= window {
                 let since = *full_since.get_or_insert_with(Instant::now);
@@ -96,12 +108,13 @@ impl Reader {
     }
 
     /// Takes in what is there, waiting for the first message only.
-    fn poll(&self, wait: Duration, most: usize) -> Result<(), String> {
+    fn poll(&mut self, wait: Duration, most: usize) -> Result<(), String> {
         let mut taken = 0;
         let mut timeout = wait;
         while taken < most {
             match self.client.poll(timeout) {
                 None => break,
+                Some(Err(KafkaError::PartitionEOF(partition))) => self.ends.reach(partition),
                 Some(Err(error)) => {
                     if let Some(why) = self.fatal(&error) {
                         return Err(why);
@@ -111,6 +124,9 @@ impl Reader {
                 }
                 Some(Ok(message)) => {
                     taken += 1;
+                    if !self.ends.admits(message.partition(), message.offset()) {
+                        continue;
+                    }
                     if let Some((topic, message, marks)) = record::decode(&message) {
                         let place = (
                             topic.as_str().to_owned(),
@@ -133,7 +149,22 @@ impl Reader {
         if taken > 0 {
             self.core.ready.notify_one();
         }
+        self.let_go();
         Ok(())
+    }
+
+    /// Fetches no more of partitions that were read to their ends.
+    fn let_go(&mut self) {
+        let (reached, topic) = (self.ends.take_reached(), self.pattern.literal());
+        let Some(topic) = topic.filter(|_| !reached.is_empty()) else {
+            return;
+        };
+        let names = reached.into_iter().map(|p| (topic.as_str().to_owned(), p));
+        let names: Vec<TopicPartition> = names.collect();
+        if let Err(error) = self.client.incremental_unassign(&bare_list(&names)) {
+            // They are read on, and what comes of them is dropped.
+            tracing::debug!(target: "messaging_hub::kafka", %error, "letting go of partitions");
+        }
     }
 
     fn fatal(&self, error: &KafkaError) -> Option<String> {
@@ -149,6 +180,13 @@ impl Reader {
                 if self.core.reset == OffsetReset::None =>
             {
                 Some("the group has no committed position and offset_reset is none".to_owned())
+            }
+            // Who reads for ever waits for the topic to come back.
+            (
+                _,
+                Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition),
+            ) if self.ends.is_bounded() => {
+                Some("the topic was deleted before it was read to its end".to_owned())
             }
             _ => None,
         }
@@ -208,20 +246,26 @@ impl Reader {
             .iter()
             .filter(|t| t.error().is_none() && is_ours(t.name()) && self.pattern.matches(t.name()))
             .flat_map(|t| t.partitions().iter().map(|p| (t.name().to_owned(), p.id())))
-            .filter(|tp| self.only.is_none_or(|only| only == tp.1) && !self.assigned.contains(tp))
+            .filter(|tp| self.only.is_none_or(|only| only == tp.1) && self.ends.wants(tp.1))
+            .filter(|tp| !self.assigned.contains(tp))
             .collect();
         if new.is_empty() {
             return Ok(());
         }
-        // What appears after the start is new as a whole.
-        let later = self.core.joined.load(Ordering::Acquire);
-        let positions = if later {
+        // What appears after the start is new as a whole, unless it was named.
+        let later = self.core.joined.load(Ordering::Acquire) && !self.ends.is_bounded();
+        let mut positions = if later {
             position::resolve(&self.client, &new, SeekTo::Beginning)?
         } else {
             self.first_positions(&new)?
         };
-        self.core.state().assign(new.iter().cloned());
-        self.client.incremental_assign(&list_of(&positions))?;
+        positions.retain(|(tp, offset)| self.ends.begin(tp.1, *offset));
+        self.core
+            .state()
+            .assign(positions.iter().map(|(tp, _)| tp.clone()));
+        if !positions.is_empty() {
+            self.client.incremental_assign(&list_of(&positions))?;
+        }
         if self.core.paused.load(Ordering::Acquire) {
             let _ = self.client.pause(&bare_list(&new));
         }
