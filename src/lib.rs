@@ -11,6 +11,7 @@
 //! database.
 
 pub mod adapter;
+pub mod breaker;
 pub mod broker;
 #[cfg(feature = "server")]
 pub mod cli;

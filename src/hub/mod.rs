@@ -11,7 +11,6 @@ mod admin;
 #[cfg(feature = "journal")]
 mod adopt;
 mod batch;
-pub mod breaker;
 mod close;
 mod consume;
 mod controls;
@@ -53,6 +52,8 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use crate::breaker;
 
 use self::{
     accepted::Accepted,

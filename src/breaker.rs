@@ -1,6 +1,7 @@
-//! A circuit breaker for one broker: after a number of failures in a row the
-//! broker is left alone until a probe succeeds or a time has passed. Pure: time
-//! goes in.
+//! A circuit breaker: after a number of failures in a row what failed is left
+//! alone until a probe succeeds or a time has passed. The hub has one for each
+//! broker. Pure: time goes in. It counts nobody who waits and lets any number of probes through: who
+//! wants only one keeps count of them.
 
 use std::time::{Duration, Instant};
 
@@ -10,9 +11,9 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BreakerState {
-    /// The broker is used.
+    /// What it guards is used.
     Closed,
-    /// The broker is left alone.
+    /// What it guards is left alone.
     Open,
     /// One attempt is let through; its outcome decides.
     HalfOpen,
@@ -48,7 +49,7 @@ impl Breaker {
         }
     }
 
-    /// Whether the broker may be tried now.
+    /// Whether it may be tried now.
     pub(crate) fn allows(&self, now: Instant) -> bool {
         self.state(now) != BreakerState::Open
     }
