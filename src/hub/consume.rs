@@ -16,7 +16,8 @@ use super::{
 };
 use crate::{
     broker::{
-        BrokerType, Consumer, Delivery, Handler, Source, StartFrom, SubscribeOptions, Subscription,
+        BatchHandler, BrokerType, Consumer, Delivery, Handler, Source, StartFrom, SubscribeOptions,
+        Subscription,
         dispatch::{self, DispatchSettings},
     },
     error::{Error, ErrorCode, Result},
@@ -86,18 +87,14 @@ impl MessagingHub {
     ///
     /// # Errors
     /// As [`MessagingHub::subscribe`].
-    pub async fn subscribe_batch<F, Fut>(
+    pub async fn subscribe_batch(
         &self,
         pattern: &str,
         mut options: SubscribeOptions,
         max: usize,
         wait: Duration,
-        handler: F,
-    ) -> Result<Subscription>
-    where
-        F: Fn(Vec<crate::broker::Received>) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Result<(), crate::broker::HandlerError>> + Send + 'static,
-    {
+        handler: impl BatchHandler,
+    ) -> Result<Subscription> {
         let source = self.source_of(&self.pattern(pattern)?)?;
         if options.auto_ack || options.concurrency.is_some() {
             return Err(Error::rejected(
