@@ -1,6 +1,7 @@
 //! A circuit breaker: after a number of failures in a row what failed is left
 //! alone until a probe succeeds or a time has passed. The hub has one for each
-//! broker. Pure: time goes in. It counts nobody who waits and lets any number of probes through: who
+//! broker, a [`crate::pipeline`] one for what its handler needs. Pure: time goes
+//! in. It counts nobody who waits and lets any number of probes through: who
 //! wants only one keeps count of them.
 
 use std::time::{Duration, Instant};
@@ -47,6 +48,11 @@ impl Breaker {
             Some(since) if since + self.timeout <= now => BreakerState::HalfOpen,
             Some(_) => BreakerState::Open,
         }
+    }
+
+    /// When an open breaker half-opens by itself; `None` while it is closed.
+    pub(crate) fn half_opens_at(&self) -> Option<Instant> {
+        self.open_since.map(|since| since + self.timeout)
     }
 
     /// Whether it may be tried now.

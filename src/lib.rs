@@ -27,6 +27,7 @@ pub mod hub;
 pub mod journal;
 pub mod message;
 pub mod metrics;
+pub mod pipeline;
 pub mod secret;
 pub mod system;
 pub mod topic;
