@@ -15,6 +15,7 @@ pub mod breaker;
 pub mod broker;
 #[cfg(feature = "server")]
 pub mod cli;
+mod compression;
 pub mod config;
 #[cfg(feature = "conformance")]
 pub mod conformance;

@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{broker::BrokerType, topic::Pattern};
+use crate::{
+    broker::{BrokerType, Compression},
+    topic::Pattern,
+};
 
 /// How the hub routes, spools and recovers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +44,8 @@ pub struct HubSettings {
     pub dedup_window: WindowSettings,
     /// How often and when a failed message is tried again.
     pub retry: RetrySettings,
+    /// What the hub compresses on the way to RabbitMQ and the embedded broker.
+    pub compression: CompressionSettings,
     /// How long shutdown may take. Default 30 s.
     #[serde(with = "crate::duration")]
     pub shutdown_grace: Duration,
@@ -104,6 +109,18 @@ pub struct WindowSettings {
     pub ids: u64,
 }
 
+/// Compression of payloads by the hub, for brokers that do none themselves
+/// (Kafka has `kafka.compression`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CompressionSettings {
+    /// `none`, `zstd`, `lz4` or `gzip`, for routes and publishes that say nothing.
+    /// Default none. Danger: readers that are no hubs must know `content_encoding`.
+    pub algorithm: Compression,
+    /// Payloads below stay as they are, in bytes. Default 4096.
+    pub threshold: u64,
+}
+
 /// How often and when a failed message is tried again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -142,6 +159,10 @@ pub struct RouteSettings {
     /// Delay of a failed message. Default by kind, from `retry`.
     #[serde(default, with = "optional_duration")]
     pub retry_delay: Option<Duration>,
+    /// Compression of payloads. Default: `hub.compression`, over Kafka
+    /// `kafka.compression`.
+    #[serde(default)]
+    pub compression: Option<Compression>,
 }
 
 /// Kinds of traffic.
@@ -176,6 +197,7 @@ impl RouteSettings {
             during_outage: None,
             spool: true,
             retry_delay: None,
+            compression: None,
         }
     }
 
@@ -229,6 +251,7 @@ impl Default for HubSettings {
                 ids: 1_000_000,
             },
             retry: RetrySettings::default(),
+            compression: CompressionSettings::default(),
             shutdown_grace: Duration::from_secs(30),
             auto_declare: None,
             routes: Vec::new(),
@@ -261,6 +284,15 @@ impl Default for SpoolSettings {
             max_bytes: 512 * 1024 * 1024,
             wait: Duration::from_secs(5),
             drain_rate: 0,
+        }
+    }
+}
+
+impl Default for CompressionSettings {
+    fn default() -> Self {
+        Self {
+            algorithm: Compression::None,
+            threshold: 4096,
         }
     }
 }

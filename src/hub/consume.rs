@@ -323,6 +323,7 @@ impl MessagingHub {
             group,
             closing: self.0.closing.clone(),
             buffer: options.buffer_size,
+            most: self.0.max_message_bytes,
         });
         self.0.tasks.spawn(task);
         Ok(consumer)

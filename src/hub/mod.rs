@@ -12,6 +12,7 @@ mod admin;
 mod adopt;
 mod batch;
 mod close;
+mod compress;
 mod consume;
 mod controls;
 mod dead;
@@ -312,6 +313,7 @@ impl MessagingHub {
                     spool,
                     during_outage,
                     retry_delay: r.retry_delay,
+                    compression: r.compression,
                 })
             });
         RouteTable::new(routes.collect())

@@ -52,6 +52,7 @@ fn span() -> (Source, Consumer) {
         })),
         closing: CancellationToken::new(),
         buffer: 4,
+        most: 1024,
     });
     tokio::spawn(task);
     let source = Source {
