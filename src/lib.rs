@@ -11,9 +11,11 @@
 //! database.
 
 pub mod adapter;
+pub mod breaker;
 pub mod broker;
 #[cfg(feature = "server")]
 pub mod cli;
+mod compression;
 pub mod config;
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -26,6 +28,7 @@ pub mod hub;
 pub mod journal;
 pub mod message;
 pub mod metrics;
+pub mod pipeline;
 pub mod replay;
 pub mod secret;
 pub mod system;

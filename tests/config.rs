@@ -591,6 +591,7 @@ hub:
   hedge: {min: 2s, max: 1s}
   retry: {task_delay: 5s}
   spool: {max_bytes: 1000}
+  compression: {algorithm: snappy}
   routes:
     - {pattern: 'a.#', kind: task, primary: kafka}
     - {pattern: 'a.#', kind: event, spool: false, during_outage: local}
@@ -610,6 +611,7 @@ topology:
         refusal(text, &[]),
         "\
 hub.hedge.max: must not be below hub.hedge.min
+hub.compression.algorithm: snappy is Kafka's alone, other brokers' readers would not know it; use zstd, lz4 or gzip
 hub.spool.max_bytes: must not be below max_message_bytes, or a message may never fit
 hub.routes[0].primary: names kafka, which has no section
 hub.routes[0].primary: Kafka has no task queues; use rabbitmq or inmemory, or kind: event

@@ -46,7 +46,9 @@ pub struct PublishOptions {
     pub partition: Option<i32>,
     /// Key for messages that have none.
     pub key: Option<Key>,
-    /// Compression. Default: the broker's setting.
+    /// Compression. Kafka's producer does it itself (default: its setting). For
+    /// other brokers the hub does (default: the route's, then `hub.compression`),
+    /// except snappy, which it refuses; a direct publish to RabbitMQ refuses all.
     pub compression: Option<Compression>,
     /// Messages written together at most when publishing straight to a broker.
     /// Default 100. The hub's lanes write whatever waits, up to the window.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    broker::BrokerType,
+    broker::{BrokerType, Compression},
     topic::{Pattern, Topic},
 };
 
@@ -45,6 +45,8 @@ pub struct HubSettings {
     pub dedup_window: WindowSettings,
     /// How often and when a failed message is tried again.
     pub retry: RetrySettings,
+    /// What the hub compresses on the way to RabbitMQ and the embedded broker.
+    pub compression: CompressionSettings,
     /// How long shutdown may take. Default 30 s.
     #[serde(with = "crate::duration")]
     pub shutdown_grace: Duration,
@@ -108,6 +110,18 @@ pub struct WindowSettings {
     pub ids: u64,
 }
 
+/// Compression of payloads by the hub, for brokers that do none themselves
+/// (Kafka has `kafka.compression`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CompressionSettings {
+    /// `none`, `zstd`, `lz4` or `gzip`, for routes and publishes that say nothing.
+    /// Default none. Danger: readers that are no hubs must know `content_encoding`.
+    pub algorithm: Compression,
+    /// Payloads below stay as they are, in bytes. Default 4096.
+    pub threshold: u64,
+}
+
 /// How often and when a failed message is tried again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -147,6 +161,10 @@ pub struct RouteSettings {
     /// Delay of a failed message. Default by kind, from `retry`.
     #[serde(default, with = "optional_duration")]
     pub retry_delay: Option<Duration>,
+    /// Compression of payloads. Default: `hub.compression`, over Kafka
+    /// `kafka.compression`.
+    #[serde(default)]
+    pub compression: Option<Compression>,
     /// A message of the hub's own that is sent through the primary at an interval
     /// and waited for at the other end. Default: none.
     #[serde(default)]
@@ -204,6 +222,7 @@ impl RouteSettings {
             spool: true,
             retry_delay: None,
             canary: None,
+            compression: None,
         }
     }
 
@@ -257,6 +276,7 @@ impl Default for HubSettings {
                 ids: 1_000_000,
             },
             retry: RetrySettings::default(),
+            compression: CompressionSettings::default(),
             shutdown_grace: Duration::from_secs(30),
             auto_declare: None,
             routes: Vec::new(),
@@ -289,6 +309,15 @@ impl Default for SpoolSettings {
             max_bytes: 512 * 1024 * 1024,
             wait: Duration::from_secs(5),
             drain_rate: 0,
+        }
+    }
+}
+
+impl Default for CompressionSettings {
+    fn default() -> Self {
+        Self {
+            algorithm: Compression::None,
+            threshold: 4096,
         }
     }
 }

@@ -31,8 +31,8 @@ use crate::{
 };
 
 pub use hub::{
-    BreakerSettings, CanarySettings, DuringOutage, HedgeSettings, HubSettings, RetrySettings,
-    RouteKind, RouteSettings, SpoolSettings, WindowSettings,
+    BreakerSettings, CanarySettings, CompressionSettings, DuringOutage, HedgeSettings, HubSettings,
+    RetrySettings, RouteKind, RouteSettings, SpoolSettings, WindowSettings,
 };
 pub use settings::{FallbackKind, FallbackSettings, LogConfig, LogFormat, ServerConfig};
 pub use validate::Problem;

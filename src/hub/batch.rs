@@ -1,35 +1,32 @@
 //! Handlers that get batches. A batch is settled as one: all acked, or all
-//! retried or dead-lettered by their own counts. A panic is a failure.
+//! retried or dead-lettered by their own counts. A panic is a failure. While the
+//! handler takes nothing, no more is gathered than the batch in hand.
 
 use std::{panic::AssertUnwindSafe, time::Duration};
 
-use futures_util::FutureExt;
-
 use crate::{
     broker::{
-        Consumer, Delivery, HandlerError, Received, RetryMode, Verdict, dispatch::DispatchSettings,
+        BatchHandler, Blame, Consumer, Delivery, HandlerError, Received, RetryMode, Verdict,
+        dispatch::{DispatchSettings, by_turn, guarded, turn_of},
     },
     message::{Timestamp, wire::Failure},
 };
 
 /// Gathers and hands out batches until the consumer ends.
-pub(super) async fn run<F, Fut>(
+pub(super) async fn run(
     mut consumer: Consumer,
     settings: DispatchSettings,
     max: usize,
     wait: Duration,
-    handler: F,
-) where
-    F: Fn(Vec<Received>) -> Fut + Send + Sync + 'static,
-    Fut: Future<Output = Result<(), HandlerError>> + Send + 'static,
-{
+    handler: impl BatchHandler,
+) {
     let mut held: Vec<Delivery> = Vec::new();
     while let Some(first) = consumer.deliveries.recv().await {
-        admit(&mut held, first, &settings);
+        admit(&mut held, first, &settings, &handler);
         let until = tokio::time::Instant::now() + wait;
         while held.len() < max {
             match tokio::time::timeout_at(until, consumer.deliveries.recv()).await {
-                Ok(Some(more)) => admit(&mut held, more, &settings),
+                Ok(Some(more)) => admit(&mut held, more, &settings, &handler),
                 Ok(None) | Err(_) => break,
             }
         }
@@ -49,7 +46,12 @@ pub(super) async fn run<F, Fut>(
     }
 }
 
-fn admit(held: &mut Vec<Delivery>, batch: Vec<Delivery>, settings: &DispatchSettings) {
+fn admit(
+    held: &mut Vec<Delivery>,
+    batch: Vec<Delivery>,
+    settings: &DispatchSettings,
+    handler: &impl BatchHandler,
+) {
     for delivery in batch {
         settings.recorder.messages_received.inc();
         let passes = std::panic::catch_unwind(AssertUnwindSafe(|| {
@@ -75,43 +77,60 @@ fn admit(held: &mut Vec<Delivery>, batch: Vec<Delivery>, settings: &DispatchSett
             settings.recorder.messages_dead_lettered.inc();
             delivery.settle_now(Verdict::DeadLetter { failure });
         } else {
-            held.push(delivery);
+            let looked =
+                std::panic::catch_unwind(AssertUnwindSafe(|| handler.admit(delivery.received())));
+            match looked {
+                Ok(Err(error)) => {
+                    settings.recorder.messages_failed.inc();
+                    bury(vec![delivery], &error, settings);
+                }
+                // What cannot be judged is no reason to skip it, either.
+                Ok(Ok(())) | Err(_) => held.push(delivery),
+            }
         }
     }
 }
 
-async fn handle<F, Fut>(
+async fn handle(
     mut batch: Vec<Delivery>,
     consumer: &Consumer,
     settings: &DispatchSettings,
-    handler: &F,
-) where
-    F: Fn(Vec<Received>) -> Fut + Send + Sync + 'static,
-    Fut: Future<Output = Result<(), HandlerError>> + Send + 'static,
-{
+    handler: &impl BatchHandler,
+) {
     let mut attempt = 0;
     loop {
+        let turn = match turn_of(|| handler.ready()) {
+            None => None,
+            Some(ready) => tokio::select! {
+                turn = ready => Some(turn),
+                // Not started: given back by being dropped.
+                () = consumer.control.stopping() => return,
+            },
+        };
         let received: Vec<Received> = batch.iter().map(|d| d.received().clone()).collect();
         settings
             .recorder
             .messages_consumed
             .add(received.len() as u64);
-        let call = AssertUnwindSafe(async { handler(received).await }).catch_unwind();
-        let outcome = match settings.handler_timeout {
-            Some(limit) => tokio::time::timeout(limit, call).await,
-            None => Ok(call.await),
+        let limit = settings.handler_timeout;
+        let (outcome, blame) = match turn {
+            None => (
+                guarded(async { handler.handle(received).await }, limit).await,
+                Blame::Message,
+            ),
+            Some(turn) => by_turn(turn, received, limit).await,
         };
         let error = match outcome {
-            Ok(Ok(Ok(()))) => {
+            Ok(()) => {
                 settings.recorder.messages_processed.add(batch.len() as u64);
                 for delivery in batch {
                     delivery.settle_now(Verdict::Ack);
                 }
                 return;
             }
-            Ok(Ok(Err(error))) => error,
-            Ok(Err(_)) => HandlerError::retry("the handler panicked"),
-            Err(_) => HandlerError::retry("the handler took too long"),
+            // The batch waits for the handler's next turn; no attempt is counted.
+            Err(_) if blame == Blame::Handler => continue,
+            Err(error) => error,
         };
         settings.recorder.messages_failed.add(batch.len() as u64);
         let attempts = attempt;

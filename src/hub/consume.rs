@@ -17,7 +17,8 @@ use super::{
 };
 use crate::{
     broker::{
-        BrokerType, Consumer, Delivery, Handler, Source, StartFrom, SubscribeOptions, Subscription,
+        BatchHandler, BrokerType, Consumer, Delivery, Handler, Source, StartFrom, SubscribeOptions,
+        Subscription,
         dispatch::{self, DispatchSettings},
     },
     error::{Error, ErrorCode, Result},
@@ -95,18 +96,14 @@ impl MessagingHub {
     ///
     /// # Errors
     /// As [`MessagingHub::subscribe`].
-    pub async fn subscribe_batch<F, Fut>(
+    pub async fn subscribe_batch(
         &self,
         pattern: &str,
         mut options: SubscribeOptions,
         max: usize,
         wait: Duration,
-        handler: F,
-    ) -> Result<Subscription>
-    where
-        F: Fn(Vec<crate::broker::Received>) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Result<(), crate::broker::HandlerError>> + Send + 'static,
-    {
+        handler: impl BatchHandler,
+    ) -> Result<Subscription> {
         let source = self.source_of(&self.pattern(pattern)?)?;
         if options.auto_ack || options.concurrency.is_some() {
             return Err(Error::rejected(
@@ -340,6 +337,7 @@ impl MessagingHub {
             group,
             closing: self.0.closing.clone(),
             buffer: options.buffer_size,
+            most: self.0.max_message_bytes,
         });
         self.0.tasks.spawn(task);
         Ok(consumer)

@@ -59,11 +59,7 @@ impl Group {
 
     /// A group whose window, as far as it was filled already, is kept.
     #[cfg(feature = "journal")]
-    pub(crate) fn kept(
-        name: Option<String>,
-        window: DedupWindow<Delivery>,
-        notes: Notes,
-    ) -> Self {
+    pub(crate) fn kept(name: Option<String>, window: DedupWindow<Delivery>, notes: Notes) -> Self {
         Self {
             name,
             window: Mutex::new(window),

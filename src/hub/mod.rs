@@ -11,9 +11,9 @@ mod admin;
 #[cfg(feature = "journal")]
 mod adopt;
 mod batch;
-pub mod breaker;
 mod canary;
 mod close;
+mod compress;
 mod consume;
 mod controls;
 mod dead;
@@ -66,6 +66,8 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use crate::breaker;
 
 use self::{
     accepted::Accepted,
@@ -368,6 +370,7 @@ impl MessagingHub {
                     spool,
                     during_outage,
                     retry_delay: r.retry_delay,
+                    compression: r.compression,
                 })
             });
         RouteTable::new(routes.collect())

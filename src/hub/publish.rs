@@ -29,7 +29,10 @@ use super::{
     spool::{LaneLeft, codec::LaneName},
 };
 use crate::{
-    broker::{BrokerType, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt, Source},
+    broker::{
+        BrokerType, Compression, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt,
+        Source,
+    },
     error::{Error, ErrorCode, Result},
     message::{Event, Message, Task, Timestamp, wire::Marks},
     topic::{Pattern, Topic},
@@ -250,6 +253,8 @@ impl MessagingHub {
             .on(topic.as_str())
             .with_id(message.id.as_str()));
         }
+        let compression = self.compression(&entry, options)?;
+        self.compress(&mut message, compression.hub).await;
         let seen = if message.id.is_generated() {
             None
         } else {
@@ -297,7 +302,7 @@ impl MessagingHub {
             None => item,
         };
         let until = tokio::time::Instant::from_std(since) + options.timeout;
-        let name = lane_name(topic, lane, options);
+        let name = lane_name(topic, lane, options, compression.broker);
         let room = self.room(entry.clone(), &name);
         let Ok(room) = tokio::time::timeout_at(until, room).await else {
             return Err(Error::new(
@@ -527,7 +532,12 @@ const SPOOL_HEAD: usize = 4_096;
 const OVERLOAD_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
 
 /// What makes two publishes share a lane.
-fn lane_name(topic: &Topic, lane: u32, options: &PublishOptions) -> LaneName {
+fn lane_name(
+    topic: &Topic,
+    lane: u32,
+    options: &PublishOptions,
+    compression: Option<Compression>,
+) -> LaneName {
     let address = if options.exchange.is_empty() && options.routing_key.is_empty() {
         None
     } else {
@@ -537,7 +547,7 @@ fn lane_name(topic: &Topic, lane: u32, options: &PublishOptions) -> LaneName {
         topic: topic.clone(),
         lane,
         mandatory: options.mandatory,
-        compression: options.compression,
+        compression,
         address,
     }
 }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::{broker::BrokerType, topic::Pattern};
+use crate::{
+    broker::{BrokerType, Compression},
+    topic::Pattern,
+};
 
 pub use crate::config::{DuringOutage, RouteKind, RouteSettings};
 
@@ -21,6 +24,8 @@ pub struct Route {
     pub during_outage: DuringOutage,
     /// Delay of a failed message; none: the kind's.
     pub retry_delay: Option<Duration>,
+    /// Compression of payloads; none: the hub's, or the broker's.
+    pub compression: Option<Compression>,
 }
 
 /// All routes; the first that matches holds.
@@ -87,6 +92,7 @@ mod tests {
                     spool: false,
                     during_outage: DuringOutage::Hold,
                     retry_delay: None,
+                    compression: None,
                 })
                 .collect(),
         )

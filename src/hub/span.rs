@@ -25,7 +25,11 @@ use crate::broker::{
     ConnectionState, Consumer, ConsumerControl, Delivery, Received, Settlement, Verdict,
     consumer::ConsumerState,
 };
-use crate::error::{Error, ErrorCode, Result};
+use crate::{
+    compression::{self, UNDECODABLE},
+    error::{Error, ErrorCode, Result},
+    message::wire::Failure,
+};
 
 /// What a span needs.
 pub(crate) struct Parts {
@@ -38,6 +42,8 @@ pub(crate) struct Parts {
     pub(crate) closing: CancellationToken,
     /// Batches that wait for the reader at most.
     pub(crate) buffer: usize,
+    /// Bytes that a payload may have once it is expanded.
+    pub(crate) most: usize,
 }
 
 /// A reader that is registered with the lanes.
@@ -255,6 +261,9 @@ impl Span {
     fn take(&mut self, batch: Vec<Delivery>, in_place: bool) -> Vec<Delivery> {
         let mut out = Vec::with_capacity(batch.len());
         for delivery in batch {
+            let Some(delivery) = expanded(delivery, self.parts.most) else {
+                continue;
+            };
             if let Taken::New(delivery, lease) = self.parts.group.take_in(delivery) {
                 let (received, upstream) = delivery.into_parts();
                 out.push(self.wrap(received, upstream, lease, in_place));
@@ -353,6 +362,40 @@ impl Span {
         }
         if let Some(done) = moved.done {
             let _ = done.send(moved.outcome);
+        }
+    }
+}
+
+/// A delivery as it was published, if a hub compressed it: the reader gets it
+/// whole, while the source keeps what it holds, and moves that should the message
+/// fail. `None` for one that cannot be expanded; it goes to the dead letters raw.
+fn expanded(delivery: Delivery, most: usize) -> Option<Delivery> {
+    if !compression::is_marked(&delivery.message) {
+        return Some(delivery);
+    }
+    let earlier = delivery.marks.failure.as_deref();
+    if earlier.is_some_and(|f| f.reason == UNDECODABLE) {
+        // Among the dead letters it is read as it stands.
+        return Some(delivery);
+    }
+    match compression::expand(&delivery.message, most) {
+        Ok(None) => Some(delivery),
+        Ok(Some(message)) => {
+            let (mut received, settle) = delivery.into_parts();
+            received.message = Arc::new(message);
+            Some(match settle {
+                Some((settlements, tag)) => Delivery::new(received, settlements, tag),
+                None => Delivery::unsettled(received),
+            })
+        }
+        Err(why) => {
+            tracing::warn!(
+                topic = %delivery.topic, id = %delivery.message.id, why,
+                "a compressed message cannot be expanded; it goes to the dead letters as it stands"
+            );
+            let failure = Failure::now(UNDECODABLE, why, &delivery.topic, earlier);
+            delivery.settle_now(Verdict::DeadLetter { failure });
+            None
         }
     }
 }

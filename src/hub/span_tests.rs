@@ -59,6 +59,7 @@ fn span_of(group: Option<&str>) -> (Source, Consumer) {
         )),
         closing: CancellationToken::new(),
         buffer: 4,
+        most: 1024,
     });
     tokio::spawn(task);
     let source = Source {

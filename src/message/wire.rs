@@ -37,6 +37,7 @@ pub mod names {
     pub const TRACEPARENT: &str = "traceparent";
     pub const CONTENT_TYPE: &str = "content-type";
     pub const CONTENT_ENCODING: &str = "content-encoding";
+    pub const COMPRESSED: &str = "hub-compressed";
     pub const POSSIBLE_DUPLICATE: &str = "hub-possible-duplicate";
     pub const SETTLED: &str = "hub-settled";
     pub const FAILURE_REASON: &str = "hub-failure-reason";

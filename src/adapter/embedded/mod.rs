@@ -23,7 +23,7 @@
 //! Queues that are exclusive or not durable stay in memory alone.
 //!
 //! Options that speak of a wire, a session or a cluster hold trivially here and
-//! are accepted: compression (nothing is written that could be compressed),
+//! are accepted: compression (payloads come compressed from the hub, or not),
 //! session time-out and heartbeat (a member lives exactly as long as its
 //! consumer), commit interval (positions are committed as verdicts come),
 //! replication, linger and batch size (a batch is taken as it comes).

@@ -31,7 +31,7 @@ pub(super) async fn open_lane(
 ) -> Result<Lane> {
     if !matches!(options.compression, None | Some(Compression::None)) {
         return Err(unsupported(
-            "RabbitMQ compresses nothing by itself; leave compression out, or send a compressed payload with its content_encoding",
+            "RabbitMQ compresses nothing by itself; publish through the hub, which does, leave compression out, or send a compressed payload with its content_encoding",
         )
         .on(topic.as_str()));
     }

@@ -6,7 +6,10 @@ use futures_util::FutureExt;
 
 use super::DispatchSettings;
 use crate::{
-    broker::{Delivery, Handler, HandlerError, Received, RetryMode, Verdict},
+    broker::{
+        Blame, Delivery, Handler, HandlerError, Received, RetryMode, Turn, Verdict,
+        handler::ReadyFuture,
+    },
     message::{
         Message, Timestamp,
         wire::{Failure, Marks},
@@ -29,6 +32,9 @@ pub(super) enum Outcome {
     Settled,
     /// To be tried again here after the delay.
     Again(Box<Attempt>, Duration),
+    /// Not handled, and not for a fault of its own: it waits for the handler's
+    /// next turn as if it had not been started.
+    Held(Box<Attempt>),
 }
 
 impl Attempt {
@@ -43,11 +49,12 @@ impl Attempt {
         &self.received
     }
 
-    /// Hands the message to `handler` and settles it. Dropping the future gives
-    /// the message back, wherever it stands.
+    /// Hands the message to `handler`, by its turn where it gave one, and settles
+    /// it. Dropping the future gives the message back, wherever it stands.
     pub(super) async fn run(
         self,
         handler: Arc<dyn Handler>,
+        turn: Option<Turn>,
         settings: Arc<DispatchSettings>,
         mode: RetryMode,
     ) -> Outcome {
@@ -74,13 +81,21 @@ impl Attempt {
         }
         let limit = settings.handler_timeout;
         if settings.auto_ack {
-            return self.at_most_once(handler, &settings).await;
+            return self.at_most_once(handler, turn, &settings).await;
         }
-        match call(handler, self.received.clone(), limit).await {
+        let (result, blame) = call(handler, turn, self.received.clone(), limit).await;
+        match result {
             Ok(()) => {
                 recorder.messages_processed.inc();
                 self.delivery.settle_now(Verdict::Ack);
                 Outcome::Settled
+            }
+            Err(error) if blame == Blame::Handler => {
+                tracing::debug!(
+                    topic = %self.received.topic, id = %self.received.message.id, %error,
+                    "a handler cannot work now; the message waits, and no attempt is counted"
+                );
+                Outcome::Held(Box::new(self))
             }
             Err(error) => self.failed(error, &settings, mode).await,
         }
@@ -95,12 +110,18 @@ impl Attempt {
         })
     }
 
-    async fn at_most_once(self, handler: Arc<dyn Handler>, settings: &DispatchSettings) -> Outcome {
+    async fn at_most_once(
+        self,
+        handler: Arc<dyn Handler>,
+        turn: Option<Turn>,
+        settings: &DispatchSettings,
+    ) -> Outcome {
         let received = self.received;
         if !self.delivery.settle_now(Verdict::Ack) {
             return Outcome::Settled;
         }
-        match call(handler, received.clone(), settings.handler_timeout).await {
+        let (result, _) = call(handler, turn, received.clone(), settings.handler_timeout).await;
+        match result {
             Ok(()) => settings.recorder.messages_processed.inc(),
             Err(error) => {
                 settings.recorder.messages_failed.inc();
@@ -180,22 +201,50 @@ impl Attempt {
     }
 }
 
-/// Calls a handler; a panic and a time-out are failures like any other.
+/// Calls a handler, by its turn where it gave one; a panic and a time-out are
+/// failures like any other.
 async fn call(
     handler: Arc<dyn Handler>,
+    turn: Option<Turn>,
     received: Received,
     limit: Option<Duration>,
+) -> (Result<(), HandlerError>, Blame) {
+    match turn {
+        None => (
+            guarded(async move { handler.handle(received).await }, limit).await,
+            Blame::Message,
+        ),
+        Some(turn) => by_turn(turn, received, limit).await,
+    }
+}
+
+/// Uses a turn, and has the result judged.
+pub(crate) async fn by_turn<R: Send + 'static>(
+    turn: Turn<R>,
+    input: R,
+    limit: Option<Duration>,
+) -> (Result<(), HandlerError>, Blame) {
+    let (call, judge) = turn.into_parts();
+    let result = guarded(async move { call(input).await }, limit).await;
+    let judged = std::panic::catch_unwind(AssertUnwindSafe(|| judge(&result)));
+    // A judge that panics says nothing; the message has its ordinary course.
+    (result, judged.unwrap_or(Blame::Message))
+}
+
+/// Runs a handler's future. The handler is called inside of it, so that a panic
+/// before its first await is caught too.
+pub(crate) async fn guarded(
+    handled: impl Future<Output = Result<(), HandlerError>>,
+    limit: Option<Duration>,
 ) -> Result<(), HandlerError> {
-    // The handler is called inside the block, so that a panic before its first
-    // await is caught too.
-    let handled = AssertUnwindSafe(async move { handler.handle(received).await }).catch_unwind();
+    let handled = AssertUnwindSafe(handled).catch_unwind();
     let result = match limit {
         None => handled.await,
         Some(limit) => match tokio::time::timeout(limit, handled).await {
             Ok(result) => result,
             Err(_) => {
                 return Err(HandlerError {
-                    reason: "handler_timeout".to_owned(),
+                    reason: HandlerError::TIMEOUT.to_owned(),
                     details: format!(
                         "the handler took longer than handler_timeout ({})",
                         crate::duration::format(limit)
@@ -205,13 +254,33 @@ async fn call(
             }
         },
     };
-    result.unwrap_or_else(|panic| {
-        Err(HandlerError {
-            reason: "handler_panic".to_owned(),
-            details: text_of(panic.as_ref()),
-            retryable: true,
-        })
-    })
+    result.unwrap_or_else(|panic| Err(panicked(panic.as_ref())))
+}
+
+/// Asks a handler for its turn; `None` where it always takes a message. A panic
+/// in the asking fails the message that the turn is used for.
+pub(crate) fn turn_of<R: Send + 'static>(
+    ask: impl FnOnce() -> Option<ReadyFuture<R>>,
+) -> Option<ReadyFuture<R>> {
+    match std::panic::catch_unwind(AssertUnwindSafe(ask)) {
+        Ok(None) => None,
+        Ok(Some(ready)) => Some(Box::pin(async move {
+            let turn = AssertUnwindSafe(ready).catch_unwind().await;
+            turn.unwrap_or_else(|panic| Turn::failed(panicked(panic.as_ref())))
+        })),
+        Err(panic) => {
+            let error = panicked(panic.as_ref());
+            Some(Box::pin(async move { Turn::failed(error) }))
+        }
+    }
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> HandlerError {
+    HandlerError {
+        reason: HandlerError::PANIC.to_owned(),
+        details: text_of(panic),
+        retryable: true,
+    }
 }
 
 fn text_of(panic: &(dyn Any + Send)) -> String {

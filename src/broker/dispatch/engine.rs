@@ -10,11 +10,11 @@ use tokio::{
 
 use super::{
     DispatchSettings,
-    attempt::{Attempt, Outcome},
+    attempt::{Attempt, Outcome, turn_of},
     lanes::{LaneId, Lanes},
 };
 use crate::{
-    broker::{Consumer, Delivery, Handler, RetryMode},
+    broker::{Consumer, Delivery, Handler, RetryMode, Turn, handler::ReadyFuture},
     metrics::MetricsRecorder,
 };
 
@@ -40,6 +40,7 @@ pub async fn run(consumer: Consumer, handler: Arc<dyn Handler>, settings: Dispat
     Engine {
         mode: consumer.retry,
         handler,
+        turn: Next::Unasked,
         lanes: Lanes::default(),
         running: JoinSet::new(),
         settings: Arc::new(settings),
@@ -52,11 +53,30 @@ pub async fn run(consumer: Consumer, handler: Arc<dyn Handler>, settings: Dispat
 struct Engine {
     mode: RetryMode,
     handler: Arc<dyn Handler>,
+    turn: Next,
     settings: Arc<DispatchSettings>,
     lanes: Lanes<Attempt>,
     running: JoinSet<(LaneId, Outcome)>,
     /// Counts messages of queues, each of which is a lane of its own.
     received: u64,
+}
+
+/// The handler's next turn.
+enum Next {
+    /// Asked for when there is a message for it, not before: a breaker that
+    /// probes must not wait for one.
+    Unasked,
+    Waiting(ReadyFuture),
+    Here(Turn),
+}
+
+impl Next {
+    async fn wait(&mut self) -> Turn {
+        match self {
+            Self::Waiting(ready) => ready.await,
+            Self::Unasked | Self::Here(_) => std::future::pending().await,
+        }
+    }
 }
 
 impl Engine {
@@ -77,7 +97,10 @@ impl Engine {
                 break;
             }
             let wake: OptionFuture<_> = self.lanes.next_wake().map(sleep_until).into();
-            let room = self.lanes.held() < self.settings.max_held;
+            // While the handler takes nothing, and something waits for it, no
+            // more is taken in: so it reaches the broker.
+            let waits = matches!(self.turn, Next::Waiting(_));
+            let room = self.lanes.held() < self.settings.max_held && !waits;
             tokio::select! {
                 biased;
                 () = control.stopping() => break,
@@ -89,6 +112,7 @@ impl Engine {
                 }
                 Some(done) = self.running.join_next() => self.finished(done),
                 Some(()) = wake => self.lanes.wake(Instant::now()),
+                turn = self.turn.wait(), if waits => self.turn = Next::Here(turn),
                 batch = consumer.deliveries.recv(), if open && room => match batch {
                     Some(batch) => self.take(batch),
                     None => open = false,
@@ -118,13 +142,27 @@ impl Engine {
 
     fn start(&mut self) {
         while self.running.len() < self.settings.concurrency && self.lanes.has_ready() {
+            let turn = match std::mem::replace(&mut self.turn, Next::Unasked) {
+                Next::Here(turn) => Some(turn),
+                Next::Unasked => match turn_of(|| self.handler.ready()) {
+                    None => None,
+                    Some(ready) => {
+                        self.turn = Next::Waiting(ready);
+                        break;
+                    }
+                },
+                waiting @ Next::Waiting(_) => {
+                    self.turn = waiting;
+                    break;
+                }
+            };
             let Some((id, attempt)) = self.lanes.pop() else {
                 break;
             };
             let (handler, settings, mode) =
                 (self.handler.clone(), self.settings.clone(), self.mode);
             self.running
-                .spawn(async move { (id, attempt.run(handler, settings, mode).await) });
+                .spawn(async move { (id, attempt.run(handler, turn, settings, mode).await) });
         }
     }
 
@@ -134,6 +172,7 @@ impl Engine {
             Ok((id, Outcome::Again(attempt, delay))) => {
                 self.lanes.rest(id, *attempt, Instant::now() + delay);
             }
+            Ok((id, Outcome::Held(attempt))) => self.lanes.put_back(id, *attempt),
             // Panics of handlers are caught inside, and nothing is aborted
             // before the stop; were it otherwise, the lane would stay shut.
             Err(error) => tracing::error!(%error, "a dispatch task ended without an outcome"),
@@ -143,6 +182,7 @@ impl Engine {
     /// Gives back what was not started and waits for the handlers that run.
     async fn stop(mut self, consumer: Consumer) {
         consumer.control.begin_stop();
+        self.turn = Next::Unasked;
         self.lanes.clear();
         // Batches in the channel, and those that the source sends until it has
         // noticed, are dropped, which gives them back.

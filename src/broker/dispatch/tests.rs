@@ -19,8 +19,10 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     broker::{
-        BrokerType, Consumer, ConsumerControl, Delivery, Handler, HandlerError, Received,
-        RetryMode, Settlement, Source, SubscribeOptions, Verdict, consumer::ConsumerState,
+        Blame, BrokerType, Consumer, ConsumerControl, Delivery, Handler, HandlerError, Received,
+        RetryMode, Settlement, Source, SubscribeOptions, Turn, Verdict,
+        consumer::ConsumerState,
+        handler::{HandlerFuture, ReadyFuture},
         options::Filter,
     },
     message::{Message, Timestamp, wire::Marks},
@@ -597,5 +599,145 @@ async fn messages_are_routed_by_type_and_an_unknown_type_is_rejected() {
         assert_eq!(name(&script.settled().await.1), "ack");
         script.deliver(vec![Message::new("unknown", "")]).await;
         assert_eq!(name(&script.settled().await.1), verdict);
+    }
+}
+
+/// A handler that takes a message for each permit, and is to blame for failures
+/// while it is broken.
+#[derive(Clone)]
+struct Gated {
+    gate: Arc<Semaphore>,
+    broken: Arc<AtomicUsize>,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Gated {
+    fn new(broken: usize) -> Self {
+        Self {
+            gate: Arc::new(Semaphore::new(0)),
+            broken: Arc::new(AtomicUsize::new(broken)),
+            log: Arc::default(),
+        }
+    }
+}
+
+impl Handler for Gated {
+    fn handle(&self, received: Received) -> HandlerFuture {
+        let payload = String::from_utf8_lossy(&received.message.payload).into_owned();
+        let text = format!("{payload}/{}", received.message.retry_count);
+        self.log.lock().unwrap().push(text);
+        let broken = self.broken.load(SeqCst) > 0;
+        if broken {
+            self.broken.fetch_sub(1, SeqCst);
+        }
+        Box::pin(async move {
+            if broken {
+                return Err(HandlerError::retry("away"));
+            }
+            Ok(())
+        })
+    }
+
+    fn ready(&self) -> Option<ReadyFuture> {
+        let gated = self.clone();
+        Some(Box::pin(async move {
+            gated.gate.acquire().await.unwrap().forget();
+            Turn::new(move |received| gated.handle(received)).judged_by(|_| Blame::Handler)
+        }))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_a_handler_takes_nothing_no_more_is_taken_in_and_nothing_is_settled() {
+    let gated = Gated::new(0);
+    let mut script = Script::start(
+        &queue(),
+        RetryMode::Broker,
+        &SubscribeOptions::default(),
+        gated.clone(),
+    );
+    // One is held and four batches wait in the channel; a sixth finds no room,
+    // though ten may be held.
+    for _ in 0..5 {
+        script.deliver(vec![plain()]).await;
+    }
+    let more = timeout(Duration::from_secs(60), script.deliver(vec![plain()])).await;
+    assert!(more.is_err());
+    assert_eq!(name(&script.settled().await.1), "requeue", "the sixth");
+    assert_eq!(script.recorder.messages_received.get(), 1);
+    assert!(gated.log.lock().unwrap().is_empty());
+    gated.gate.add_permits(2);
+    for _ in 0..2 {
+        assert_eq!(name(&script.settled().await.1), "ack");
+    }
+    let verdicts = script.stopped().await;
+    assert!(verdicts.values().all(|v| *v == "requeue"), "{verdicts:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failure_that_is_the_handlers_leaves_the_message_in_its_place_uncounted() {
+    for (source, mode, expected) in [
+        // The lane keeps its order, and the other lane goes first next time.
+        (
+            stream(),
+            RetryMode::InLane,
+            ["a0/0", "b0/0", "a0/0", "a1/0"],
+        ),
+        (queue(), RetryMode::Broker, ["a0/0", "a1/0", "b0/0", "a0/0"]),
+    ] {
+        let gated = Gated::new(1);
+        let options = SubscribeOptions {
+            concurrency: Some(1),
+            max_retries: Some(0),
+            ..SubscribeOptions::default()
+        };
+        let mut script = Script::start(&source, mode, &options, gated.clone());
+        script
+            .deliver(vec![keyed("a", "a0"), keyed("a", "a1"), keyed("b", "b0")])
+            .await;
+        gated.gate.add_permits(4);
+        let mut acked = Vec::new();
+        for _ in 0..3 {
+            let (tag, verdict) = script.settled().await;
+            assert_eq!(name(&verdict), "ack");
+            acked.push(tag);
+        }
+        acked.sort_unstable();
+        assert_eq!(acked, [1, 2, 3]);
+        assert_eq!(*gated.log.lock().unwrap(), expected);
+        let counted = script.recorder.snapshot();
+        assert_eq!((counted.messages_failed, counted.messages_retried), (0, 0));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_panics_when_asked_fails_a_message_and_nothing_more() {
+    struct Panics;
+    impl Handler for Panics {
+        fn handle(&self, _: Received) -> HandlerFuture {
+            Box::pin(async { Ok(()) })
+        }
+        fn ready(&self) -> Option<ReadyFuture> {
+            panic!("asked")
+        }
+    }
+    let mut script = Script::start(
+        &queue(),
+        RetryMode::Broker,
+        &SubscribeOptions {
+            max_retries: Some(0),
+            ..SubscribeOptions::default()
+        },
+        Panics,
+    );
+    for _ in 0..2 {
+        script.deliver(vec![plain()]).await;
+        let (_, Verdict::DeadLetter { failure }) = script.settled().await else {
+            panic!("not dead")
+        };
+        assert_eq!(
+            (&*failure.reason, &*failure.details),
+            ("handler_panic", "asked")
+        );
     }
 }

@@ -10,7 +10,7 @@ use super::{
     CanarySettings, DuringOutage, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, RouteSettings,
     settings::split_address,
 };
-use crate::{broker::BrokerType, topology::TopologyMode};
+use crate::{broker::BrokerType, compression::unusable, topology::TopologyMode};
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,6 +115,9 @@ impl MessagingConfig {
                 found.add(path, "must be 1 or more");
             }
         }
+        if let Some(why) = unusable(hub.compression.algorithm) {
+            found.add("hub.compression.algorithm", why);
+        }
         if hub.spool.max_bytes < self.max_message_bytes {
             found.add(
                 "hub.spool.max_bytes",
@@ -126,6 +129,13 @@ impl MessagingConfig {
     fn check_routes(&self, found: &mut Found) {
         for (i, route) in self.hub.routes.iter().enumerate() {
             let path = format!("hub.routes[{i}]");
+            let by_kafka = match route.primary {
+                Some(primary) => primary == BrokerType::Kafka,
+                None => route.kind == RouteKind::Event && self.kafka.is_some(),
+            };
+            if !by_kafka && let Some(why) = route.compression.and_then(unusable) {
+                found.add(format!("{path}.compression"), why);
+            }
             if let Some(j) = self
                 .hub
                 .routes

@@ -1,6 +1,8 @@
-//! A circuit breaker for one broker: after a number of failures in a row the
-//! broker is left alone until a probe succeeds or a time has passed. Pure: time
-//! goes in.
+//! A circuit breaker: after a number of failures in a row what failed is left
+//! alone until a probe succeeds or a time has passed. The hub has one for each
+//! broker, a [`crate::pipeline`] one for what its handler needs. Pure: time goes
+//! in. It counts nobody who waits and lets any number of probes through: who
+//! wants only one keeps count of them.
 
 use std::time::{Duration, Instant};
 
@@ -10,9 +12,9 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BreakerState {
-    /// The broker is used.
+    /// What it guards is used.
     Closed,
-    /// The broker is left alone.
+    /// What it guards is left alone.
     Open,
     /// One attempt is let through; its outcome decides.
     HalfOpen,
@@ -48,7 +50,12 @@ impl Breaker {
         }
     }
 
-    /// Whether the broker may be tried now.
+    /// When an open breaker half-opens by itself; `None` while it is closed.
+    pub(crate) fn half_opens_at(&self) -> Option<Instant> {
+        self.open_since.map(|since| since + self.timeout)
+    }
+
+    /// Whether it may be tried now.
     pub(crate) fn allows(&self, now: Instant) -> bool {
         self.state(now) != BreakerState::Open
     }
