@@ -19,14 +19,15 @@ use tokio::{
 use super::lane::keeper::Release;
 use crate::{
     broker::MessageBroker,
-    message::{Message, wire::Failure},
+    message::{Message, wire::Marks},
     topic::Topic,
 };
 
 struct Letter {
     topic: Topic,
     message: Arc<Message>,
-    failure: Failure,
+    /// With the failure.
+    marks: Marks,
     /// What is still kept in the spool until the letter is safe.
     release: Option<Release>,
 }
@@ -96,13 +97,13 @@ impl DeadLetters {
         &self,
         topic: &Topic,
         message: Arc<Message>,
-        failure: Failure,
+        marks: Marks,
         release: Option<Release>,
     ) {
         let letter = Letter {
             topic: topic.clone(),
             message,
-            failure,
+            marks,
             release,
         };
         self.waiting.count.fetch_add(1, Relaxed);
@@ -117,12 +118,13 @@ async fn keep(broker: &dyn MessageBroker, letter: Letter) {
     let Letter {
         topic,
         message,
-        failure,
+        marks,
         release,
     } = letter;
-    let (id, reason) = (message.id.clone(), failure.reason.clone());
+    let reason = marks.failure.as_ref().map_or("", |f| f.reason.as_str());
+    let (id, reason) = (message.id.clone(), reason.to_owned());
     let kept = match broker.task_queue() {
-        Some(queues) => queues.dead_letter(&topic, message, failure).await,
+        Some(queues) => queues.dead_letter(&topic, message, marks).await,
         None => Err(crate::Error::new(
             crate::ErrorCode::DeadLetterFailed,
             "the fallback keeps no queues, and so no dead letters",

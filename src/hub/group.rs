@@ -1,7 +1,7 @@
 //! A group that handles each id once: the dedup window with the deliveries that
 //! are parked in it.
 
-use std::sync::Mutex;
+use std::{borrow::Cow, sync::Mutex};
 
 use super::{
     dedup::{DedupWindow, Ended, Offer},
@@ -45,10 +45,17 @@ impl Group {
             // nothing about whether it came before.
             return Taken::New(delivery, None);
         }
+        // The copy of a dead letter is known by its number too: its id was
+        // handled before, and is to be handled once more. No id has the
+        // character that stands between.
+        let id = match delivery.marks.reprocess {
+            0 => Cow::Borrowed(delivery.message.id.as_str()),
+            n => Cow::Owned(format!("{}\u{0}{n}", delivery.message.id)),
+        };
         let mut window = lock(&self.window);
         let offer = window.offer(
             Timestamp::now(),
-            (&delivery.topic, delivery.message.id.as_str()),
+            (&delivery.topic, &id),
             delivery.message.retry_count,
         );
         match offer {

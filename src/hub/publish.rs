@@ -84,7 +84,22 @@ impl MessagingHub {
         options: &PublishOptions,
     ) -> Result<Receipt> {
         let topic = self.canonical(topic)?;
-        self.enqueue(&topic, HUB_PUBLISHER, message, options, None)
+        let marks = Marks::default();
+        self.enqueue(&topic, HUB_PUBLISHER, message, marks, options, None)
+            .await?
+            .await
+    }
+
+    /// Publishes the copy of a dead letter. It passes the window of accepted
+    /// ids, which may know its id from before.
+    pub(super) async fn publish_again(
+        &self,
+        topic: &Topic,
+        message: Message,
+        marks: Marks,
+        options: &PublishOptions,
+    ) -> Result<Receipt> {
+        self.enqueue(topic, HUB_PUBLISHER, message, marks, options, None)
             .await?
             .await
     }
@@ -192,6 +207,7 @@ impl MessagingHub {
         topic: &Topic,
         publisher: u64,
         mut message: Message,
+        marks: Marks,
         options: &PublishOptions,
         found: Option<&Found>,
     ) -> Result<Pending> {
@@ -237,7 +253,7 @@ impl MessagingHub {
             .on(topic.as_str())
             .with_id(message.id.as_str()));
         }
-        let seen = if message.id.is_generated() {
+        let seen = if message.id.is_generated() || marks.reprocess > 0 {
             None
         } else {
             match self.0.accepted.offer(topic, &message.id)? {
@@ -264,7 +280,7 @@ impl MessagingHub {
             order,
             confirm: options.confirm && entry.broker.confirms(),
             deadline: since + options.timeout,
-            marks: Marks::default(),
+            marks,
             waiter: Waiter {
                 id: message.id.clone(),
                 since,

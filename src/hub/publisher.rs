@@ -13,7 +13,7 @@ use super::{MessagingHub, found::Found};
 use crate::{
     broker::{PublishOptions, Receipt},
     error::{Error, ErrorCode, Result},
-    message::Message,
+    message::{Message, wire::Marks},
     topic::Topic,
 };
 
@@ -84,6 +84,7 @@ impl Publisher {
             &self.topic,
             self.number,
             message,
+            Marks::default(),
             &self.options,
             Some(&self.found),
         )

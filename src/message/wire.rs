@@ -43,6 +43,7 @@ pub mod names {
     pub const FIRST_FAILURE: &str = "hub-first-failure";
     pub const LAST_FAILURE: &str = "hub-last-failure";
     pub const ORIGINAL_TOPIC: &str = "hub-original-topic";
+    pub const REPROCESS: &str = "hub-reprocess";
     pub const TASK_PREFIX: &str = "hub-task-";
 }
 
@@ -73,6 +74,11 @@ pub struct Marks {
     pub settled: Vec<String>,
     /// Why, and when, it failed; set on dead letters and retries.
     pub failure: Option<Box<Failure>>,
+    /// How often it was taken out of the dead letters and published again; 0 for
+    /// a message that never was. Part of what a repeat is recognised by: the
+    /// copies of one dead letter carry the same number, and are handled once,
+    /// although the id was handled before.
+    pub reprocess: u32,
 }
 
 /// Failure metadata as it travels.
@@ -200,6 +206,9 @@ pub fn encode<'a>(
             failure.original_topic.as_str().into(),
         );
     }
+    if marks.reprocess > 0 {
+        put(names::REPROCESS, marks.reprocess.to_string().into());
+    }
     if let Some(task) = &message.task {
         encode_task(task, &mut out);
     }
@@ -309,6 +318,11 @@ fn decode_one(message: &mut Message, marks: &mut Marks, name: &str, value: &str)
         }
         names::ERROR => message.error = Some(value.to_owned()),
         names::TRACE => message.trace_id = Some(value.to_owned()),
+        names::REPROCESS => {
+            if let Ok(n) = value.parse() {
+                marks.reprocess = n;
+            }
+        }
         names::POSSIBLE_DUPLICATE => marks.possible_duplicate = value == "true",
         names::SETTLED => {
             marks.settled = value
@@ -566,6 +580,7 @@ mod tests {
             possible_duplicate: true,
             settled: vec!["a".into(), "b".into()],
             failure: Some(Box::new(Failure::now("handler_error", "x", "t", None))),
+            reprocess: 3,
         };
         for carrier in [Carrier::Amqp, Carrier::Kafka] {
             let (back, back_marks) = round_trip(&message, &marks, carrier);

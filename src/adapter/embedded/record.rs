@@ -289,6 +289,8 @@ struct Metadata<'a> {
     settled: Cow<'a, [String]>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     failure: Option<Failed<'a>>,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    rp: u32,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -345,6 +347,7 @@ impl<'a> Metadata<'a> {
             pd: marks.possible_duplicate,
             settled: Cow::Borrowed(&marks.settled),
             failure: marks.failure.as_deref().map(Failed::of),
+            rp: marks.reprocess,
         }
     }
 }
@@ -507,6 +510,7 @@ mod reading {
                 possible_duplicate: self.pd,
                 settled: self.settled.into_owned(),
                 failure: self.failure.map(|f| Box::new(f.failure())),
+                reprocess: self.rp,
             };
             Ok(Content {
                 message: Arc::new(message),

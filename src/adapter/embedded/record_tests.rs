@@ -58,6 +58,7 @@ fn full() -> Content {
                 last: at(6),
                 original_topic: "tasks.x".into(),
             })),
+            reprocess: 2,
         }),
         routing_key: Some("key".into()),
     }

@@ -120,6 +120,8 @@ pub(crate) enum Action<W> {
         seq: Seq,
         message: Arc<Message>,
         failure: Failure,
+        /// As it is marked.
+        reprocess: u32,
     },
     /// The state changed.
     Changed {
@@ -795,6 +797,7 @@ impl<W> Machine<W> {
                 seq,
                 message: entry.message,
                 failure,
+                reprocess: entry.marks.reprocess,
             });
         }
     }

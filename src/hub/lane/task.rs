@@ -548,6 +548,7 @@ impl Task {
                         seq,
                         message,
                         failure,
+                        reprocess,
                     } => {
                         self.parts.recorder.messages_dead_lettered.inc();
                         // What was noted of it is written first, or there
@@ -557,7 +558,12 @@ impl Task {
                         let release = self.keeper.give_away(seq);
                         self.forget(at, seq);
                         if let Some(dead) = &self.parts.dead {
-                            dead.bury(&self.parts.topic, message, failure, release);
+                            let marks = Marks {
+                                failure: Some(Box::new(failure)),
+                                reprocess,
+                                ..Marks::default()
+                            };
+                            dead.bury(&self.parts.topic, message, marks, release);
                         }
                     }
                     Action::Store { seq, entry, waiter } => {

@@ -605,6 +605,7 @@ impl World {
                 seq,
                 message,
                 failure,
+                ..
             } => {
                 let attempt = attempt_of(&message);
                 self.trace(|| {

@@ -66,6 +66,8 @@ struct Description {
     settled: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     failure: Option<KeptFailure>,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    reprocess: u32,
     /// The hub made the id.
     #[serde(default, skip_serializing_if = "is_false")]
     generated: bool,
@@ -110,6 +112,7 @@ pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> 
             last: f.last.as_millis(),
             topic: f.original_topic.clone(),
         }),
+        reprocess: entry.marks.reprocess,
         generated: message.id.is_generated(),
         message,
     };
@@ -182,6 +185,7 @@ pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
                         original_topic: f.topic,
                     })
                 }),
+                reprocess: found.reprocess,
             },
             // Whatever was asked for then, nobody waits for the answer now.
             confirm: true,
@@ -199,6 +203,14 @@ pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
 )]
 fn is_false(b: &bool) -> bool {
     !b
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands over references"
+)]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 #[cfg(test)]
@@ -235,6 +247,7 @@ mod tests {
                     last: Timestamp::from_millis(2),
                     original_topic: "t".to_owned(),
                 })),
+                reprocess: 2,
             },
             confirm: true,
             since: Timestamp::from_millis(5),
