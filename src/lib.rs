@@ -17,6 +17,7 @@ pub mod cli;
 pub mod config;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod dead_letter;
 pub mod duration;
 pub mod error;
 #[cfg(feature = "server")]

@@ -16,6 +16,7 @@ mod close;
 mod consume;
 mod controls;
 mod dead;
+mod dead_letters;
 mod dedup;
 mod found;
 mod group;
@@ -69,6 +70,7 @@ use self::{
 };
 use crate::{
     broker::{BrokerType, ConsumerControl, MessageBroker},
+    dead_letter::Desk,
     error::{Error, ErrorCode, Result},
     metrics::MetricsRecorder,
     topic::{Pattern, Topic},
@@ -104,6 +106,8 @@ struct Inner {
     #[cfg(feature = "journal")]
     spool_log: Mutex<Option<Arc<spool::journal::SpoolLog>>>,
     dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
+    /// What is remembered of dead letters between two looks.
+    desk: Arc<Desk>,
     accepted: Arc<Accepted>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     readers: Arc<watch::Sender<Readers>>,
@@ -191,6 +195,7 @@ impl MessagingHub {
             #[cfg(feature = "journal")]
             spool_log: Mutex::default(),
             dead: Mutex::default(),
+            desk: Arc::default(),
             accepted,
             groups: Mutex::default(),
             readers: Arc::new(watch::channel(Readers::default()).0),

@@ -181,7 +181,7 @@ impl Attempt {
 }
 
 /// Calls a handler; a panic and a time-out are failures like any other.
-async fn call(
+pub(crate) async fn call(
     handler: Arc<dyn Handler>,
     received: Received,
     limit: Option<Duration>,

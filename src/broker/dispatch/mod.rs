@@ -21,6 +21,7 @@ mod subscriptions_tests;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use attempt::call;
 pub use engine::{dispatch, run};
 pub use router::TypeRouter;
 pub use settings::{DispatchSettings, EVENT_RETRY_DELAY, STREAM_CONCURRENCY, TASK_RETRY_DELAY};
