@@ -7,6 +7,7 @@
 mod client;
 mod config;
 mod data;
+mod dlq;
 mod publish;
 mod serve;
 mod spool;
@@ -102,6 +103,9 @@ enum Command {
     /// Look at the spool, pause and resume its drain, export it.
     #[command(subcommand)]
     Spool(spool::Spool),
+    /// Look at dead letters, publish them again, give them up.
+    #[command(subcommand)]
+    Dlq(dlq::Dlq),
     /// Compare what should exist on the brokers with what does.
     #[command(subcommand)]
     Topology(topology::Topology),
@@ -121,6 +125,7 @@ impl Cli {
             Command::Subscribe(subscribe) => subscribe.run(&target).await,
             Command::State(state) => state.run(&target).await,
             Command::Spool(spool) => spool.run(&target).await,
+            Command::Dlq(dlq) => dlq.run(&target).await,
             Command::Topology(topology) => topology.run(&target).await,
             Command::Config(config) => config.run(&target),
             Command::Health => state::health(&target).await,

@@ -9,7 +9,10 @@ use axum::{
     routing::{get, post},
 };
 
-use super::{App, commit, guard, lease, metrics, problem::Problem, publish, spool, state, stream};
+use super::{
+    App, commit, dead_letters, guard, lease, metrics, problem::Problem, publish, spool, state,
+    stream,
+};
 
 /// Every path, behind the guard.
 pub(super) fn router(app: &App) -> Router {
@@ -28,6 +31,19 @@ pub(super) fn router(app: &App) -> Router {
         .route("/v1/spool/resume", post(spool::resume))
         .route("/v1/spool/export", get(spool::export))
         .route("/v1/spool/adopt", post(spool::adopt))
+        .route("/v1/dead-letters", get(dead_letters::list))
+        .route(
+            "/v1/dead-letters/reprocess",
+            post(dead_letters::reprocess_all),
+        )
+        .route("/v1/dead-letters/purge", post(dead_letters::purge))
+        .route("/v1/dead-letters/{id}", get(dead_letters::show))
+        .route(
+            "/v1/dead-letters/{id}/reprocess",
+            post(dead_letters::reprocess),
+        )
+        .route("/v1/dead-letters/{id}/edit", post(dead_letters::edit))
+        .route("/v1/dead-letters/{id}/discard", post(dead_letters::discard))
         .route("/v1/topology", get(state::topology))
         .route("/v1/topology/apply", post(state::apply))
         .route("/v1/topology/wanted", get(state::wanted))
