@@ -283,7 +283,7 @@ impl Site {
 
     async fn close(self, subscription: Option<Subscription>) {
         if let Some(subscription) = subscription {
-            let _ = subscription.unsubscribe().await;
+            subscription.unsubscribe().await;
         }
         self.server.stop(Duration::from_secs(5)).await;
         self.hub.close(Duration::from_secs(10)).await;

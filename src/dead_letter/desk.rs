@@ -4,7 +4,6 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    future::Future,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -569,12 +568,10 @@ impl Desk {
         }
     }
 
-    fn turn(&self) -> impl Future<Output = Result<SemaphorePermit<'_>>> {
-        async {
-            self.turn.acquire().await.map_err(|e| {
-                Error::new(ErrorCode::OperationCanceled, "the desk is closed").caused_by(e)
-            })
-        }
+    async fn turn(&self) -> Result<SemaphorePermit<'_>> {
+        self.turn.acquire().await.map_err(|e| {
+            Error::new(ErrorCode::OperationCanceled, "the desk is closed").caused_by(e)
+        })
     }
 }
 

@@ -36,7 +36,8 @@ pub struct ProcessorOptions {
     pub max_attempts: u32,
     /// Letters in hand at a time. Default 100, at most 1,000.
     pub batch: usize,
-    /// How long until letters that came meanwhile are looked for. Default 5 s.
+    /// How long until letters that came meanwhile are looked for. Default 30 s:
+    /// each look reads a log to its end.
     pub poll: Duration,
     /// How long a handler may take. Default 5 min, at most 10 min: RabbitMQ ends
     /// a consumer that holds a message for 30 min.
@@ -49,7 +50,7 @@ impl Default for ProcessorOptions {
             backoff: Backoff::default(),
             max_attempts: 5,
             batch: 100,
-            poll: Duration::from_secs(5),
+            poll: Duration::from_secs(30),
             handler_timeout: Duration::from_secs(300),
         }
     }
