@@ -11,7 +11,7 @@
 //! A letter is reprocessed by publishing a copy to where it came from. It leaves
 //! its queue, or is marked in its log, only when the copy is safe. Dying in
 //! between leaves it open, and the copies of one letter are one to whoever
-//! handles them ([`copy`]), so that doing it again does nothing twice.
+//! handles them (`copy`), so that doing it again does nothing twice.
 //!
 //! A queue can be looked at only by taking its messages and giving them back:
 //! while one hub looks, others do not see what it holds. It refuses to hold
