@@ -200,7 +200,7 @@ impl Desk {
             many.complete &= look.complete;
             let (letters, rest) = look.apart();
             let (mut chosen, mut left) = (letters, Vec::new());
-            chosen.sort_by(|(a, _), (b, _)| a.last_failure.cmp(&b.last_failure));
+            chosen.sort_by_key(|(letter, _)| letter.last_failure);
             let room = limit.saturating_sub(many.results.len());
             if chosen.len() > room {
                 many.complete = false;
