@@ -19,6 +19,7 @@ mod compression;
 pub mod config;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod dead_letter;
 pub mod duration;
 pub mod error;
 #[cfg(feature = "server")]

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     error::{Error, ErrorCode, Result},
-    message::{Event, Message, Task, wire::Failure},
+    message::{Event, Message, Task, wire::Marks},
     metrics::{BrokerMetrics, MetricsRecorder},
     topic::{Pattern, Topic},
     topology::TopologyReport,
@@ -306,16 +306,11 @@ pub trait TaskQueueBroker: MessageBroker {
             .await
     }
 
-    /// Puts a raw message among the dead letters of `queue`.
+    /// Puts a raw message among the dead letters of `queue`. Its marks say why.
     ///
     /// # Errors
     /// `DEAD_LETTER_FAILED`.
-    async fn dead_letter(
-        &self,
-        queue: &Topic,
-        message: Arc<Message>,
-        failure: Failure,
-    ) -> Result<()>;
+    async fn dead_letter(&self, queue: &Topic, message: Arc<Message>, marks: Marks) -> Result<()>;
 }
 
 /// A broker with streams.

@@ -7,6 +7,7 @@
 mod client;
 mod config;
 mod data;
+mod dlq;
 mod publish;
 mod replay;
 mod serve;
@@ -106,6 +107,9 @@ enum Command {
     /// Publish again what streams have of a stretch of time.
     #[command(subcommand)]
     Replay(replay::Replay),
+    /// Look at dead letters, publish them again, give them up.
+    #[command(subcommand)]
+    Dlq(dlq::Dlq),
     /// Compare what should exist on the brokers with what does.
     #[command(subcommand)]
     Topology(topology::Topology),
@@ -126,6 +130,7 @@ impl Cli {
             Command::State(state) => state.run(&target).await,
             Command::Spool(spool) => spool.run(&target).await,
             Command::Replay(replay) => replay.run(&target).await,
+            Command::Dlq(dlq) => dlq.run(&target).await,
             Command::Topology(topology) => topology.run(&target).await,
             Command::Config(config) => config.run(&target),
             Command::Health => state::health(&target).await,

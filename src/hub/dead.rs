@@ -19,14 +19,15 @@ use tokio::{
 use super::lane::keeper::Release;
 use crate::{
     broker::{MessageBroker, Settlement, Verdict},
-    message::{Message, wire::Failure},
+    message::{Message, wire::Marks},
     topic::Topic,
 };
 
 struct Letter {
     topic: Topic,
     message: Arc<Message>,
-    failure: Failure,
+    /// With the failure.
+    marks: Marks,
     /// What is to be done once the letter is safe, or cannot be kept.
     then: Then,
 }
@@ -105,13 +106,13 @@ impl DeadLetters {
         &self,
         topic: &Topic,
         message: Arc<Message>,
-        failure: Failure,
+        marks: Marks,
         release: Option<Release>,
     ) {
         self.send(Letter {
             topic: topic.clone(),
             message,
-            failure,
+            marks,
             then: Then::Release(release),
         });
     }
@@ -122,14 +123,14 @@ impl DeadLetters {
         &self,
         topic: &Topic,
         message: Arc<Message>,
-        failure: Failure,
+        marks: Marks,
         settlements: &mpsc::UnboundedSender<Settlement>,
         tag: u64,
     ) {
         self.send(Letter {
             topic: topic.clone(),
             message,
-            failure,
+            marks,
             then: Then::Settle(settlements.clone(), tag),
         });
     }
@@ -175,12 +176,13 @@ async fn keep(broker: &dyn MessageBroker, letter: Letter) {
     let Letter {
         topic,
         message,
-        failure,
+        marks,
         then,
     } = letter;
-    let (id, reason) = (message.id.clone(), failure.reason.clone());
+    let reason = marks.failure.as_ref().map_or("", |f| f.reason.as_str());
+    let (id, reason) = (message.id.clone(), reason.to_owned());
     let kept = match broker.task_queue() {
-        Some(queues) => queues.dead_letter(&topic, message, failure).await,
+        Some(queues) => queues.dead_letter(&topic, message, marks).await,
         None => Err(crate::Error::new(
             crate::ErrorCode::DeadLetterFailed,
             "the fallback keeps no queues, and so no dead letters",

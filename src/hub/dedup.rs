@@ -270,17 +270,6 @@ impl<T> DedupWindow<T> {
         self.counts = counts;
     }
 
-    /// Forgets an id that was handled, so that it is handled again: a dead
-    /// letter that is replayed under its own id.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "reprocessing a dead letter will need it")
-    )]
-    pub(crate) fn forget(&mut self, (topic, id): (&str, &str)) {
-        let id = self.hasher.hash(topic, id);
-        self.settled.remove(&id);
-    }
-
     /// Forgets every id that was handled.
     pub(crate) fn forget_all(&mut self) {
         self.settled.clear();

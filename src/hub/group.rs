@@ -87,10 +87,11 @@ impl Group {
             // nothing about whether it came before.
             return Taken::New(delivery, None);
         }
+        let id = delivery.marks.identity(delivery.message.id.as_str());
         let mut window = lock(&self.window);
         let offer = window.offer(
             Timestamp::now(),
-            (&delivery.topic, delivery.message.id.as_str()),
+            (&delivery.topic, &id),
             delivery.message.retry_count,
         );
         match offer {

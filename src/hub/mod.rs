@@ -17,6 +17,7 @@ mod compress;
 mod consume;
 mod controls;
 mod dead;
+mod dead_letters;
 #[cfg_attr(
     not(feature = "journal"),
     allow(dead_code, reason = "only the journal brings windows back")
@@ -87,6 +88,7 @@ use self::{
 };
 use crate::{
     broker::{BrokerType, ConsumerControl, MessageBroker},
+    dead_letter::Desk,
     error::{Error, ErrorCode, Result},
     metrics::MetricsRecorder,
     replay::Registry,
@@ -126,6 +128,8 @@ struct Inner {
     #[cfg(feature = "journal")]
     memory: Mutex<Option<remember::Memory>>,
     dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
+    /// What is remembered of dead letters between two looks.
+    desk: Arc<Desk>,
     accepted: Arc<Accepted>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     readers: Arc<watch::Sender<Readers>>,
@@ -218,6 +222,7 @@ impl MessagingHub {
             #[cfg(feature = "journal")]
             memory: Mutex::default(),
             dead: Mutex::default(),
+            desk: Arc::default(),
             accepted,
             groups: Mutex::default(),
             readers: Arc::new(watch::channel(Readers::default()).0),

@@ -33,8 +33,12 @@ use crate::{
         BrokerType, Compression, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt,
         Source,
     },
+    compression,
     error::{Error, ErrorCode, Result},
-    message::{Event, Message, Task, Timestamp, wire::Marks},
+    message::{
+        Event, Message, Task, Timestamp,
+        wire::{Marks, names::COMPRESSED},
+    },
     topic::{Pattern, Topic},
 };
 
@@ -87,6 +91,20 @@ impl MessagingHub {
     ) -> Result<Receipt> {
         let topic = self.canonical(topic)?;
         self.enqueue(&topic, HUB_PUBLISHER, message, options, None)
+            .await?
+            .await
+    }
+
+    /// Publishes the copy of a dead letter. It passes the window of accepted
+    /// ids, which may know its id from before.
+    pub(super) async fn publish_again(
+        &self,
+        topic: &Topic,
+        message: Message,
+        marks: Marks,
+        options: &PublishOptions,
+    ) -> Result<Receipt> {
+        self.enqueue_marked(topic, HUB_PUBLISHER, message, options, None, marks)
             .await?
             .await
     }
@@ -219,9 +237,17 @@ impl MessagingHub {
             // A message that carries the default has said nothing.
             message.max_retries = self.0.config.retry.max_retries;
         }
+        // The copy of a letter that cannot be expanded here goes on as it stands,
+        // with the mark that no publisher may set.
+        let packed = (marks.reprocess > 0 && compression::is_marked(&message))
+            .then(|| message.headers.remove(COMPRESSED))
+            .flatten();
         message
             .validate(self.0.max_message_bytes)
             .map_err(|e| e.on(topic.as_str()))?;
+        if let Some(algorithm) = packed {
+            message.headers.insert(COMPRESSED.to_owned(), algorithm);
+        }
         if message.expiration.is_some() && message.is_expired(Timestamp::now()) {
             return Err(Error::rejected(
                 ErrorCode::MessageExpired,
@@ -255,7 +281,7 @@ impl MessagingHub {
         }
         let compression = self.compression(&entry, options)?;
         self.compress(&mut message, compression.hub).await;
-        let seen = if message.id.is_generated() {
+        let seen = if message.id.is_generated() || marks.reprocess > 0 {
             None
         } else {
             match self.0.accepted.offer(topic, &message.id)? {

@@ -47,6 +47,7 @@ pub mod names {
     pub const ORIGINAL_TOPIC: &str = "hub-original-topic";
     pub const REPLAY_OF: &str = "hub-replay-of";
     pub const REPLAY_ID: &str = "hub-replay-id";
+    pub const REPROCESS: &str = "hub-reprocess";
     pub const TASK_PREFIX: &str = "hub-task-";
 }
 
@@ -79,6 +80,34 @@ pub struct Marks {
     pub failure: Option<Box<Failure>>,
     /// What it is a replay of, if it is one.
     pub replay: Option<Box<Replayed>>,
+    /// How often it was taken out of the dead letters and published again; 0 for
+    /// a message that never was. Part of what a repeat is recognised by: the
+    /// copies of one dead letter carry the same number, and are handled once,
+    /// although the id was handled before.
+    pub reprocess: u32,
+}
+
+impl Marks {
+    /// What a repeat of a message is recognised by: its id, and for the copy of a
+    /// dead letter its number too, since the id was handled before and is to be
+    /// handled once more.
+    pub(crate) fn identity<'a>(&self, id: &'a str) -> Cow<'a, str> {
+        match self.reprocess {
+            0 => id.into(),
+            // No id has the character that stands between.
+            n => format!("{id}\u{0}{n}").into(),
+        }
+    }
+
+    /// The marks of a dead letter of the message. Who settled the message says
+    /// nothing about who reads the letter.
+    pub(crate) fn of_letter(self, failure: Failure) -> Self {
+        Self {
+            failure: Some(Box::new(failure)),
+            settled: Vec::new(),
+            ..self
+        }
+    }
 }
 
 /// Where a replayed message comes from. It has an id of its own, so that its
@@ -220,6 +249,9 @@ pub fn encode<'a>(
         put(names::REPLAY_OF, replay.of.as_str().into());
         put(names::REPLAY_ID, replay.by.as_str().into());
     }
+    if marks.reprocess > 0 {
+        put(names::REPROCESS, marks.reprocess.to_string().into());
+    }
     if let Some(task) = &message.task {
         encode_task(task, &mut out);
     }
@@ -329,6 +361,11 @@ fn decode_one(message: &mut Message, marks: &mut Marks, name: &str, value: &str)
         }
         names::ERROR => message.error = Some(value.to_owned()),
         names::TRACE => message.trace_id = Some(value.to_owned()),
+        names::REPROCESS => {
+            if let Ok(n) = value.parse() {
+                marks.reprocess = n;
+            }
+        }
         names::POSSIBLE_DUPLICATE => marks.possible_duplicate = value == "true",
         names::SETTLED => {
             marks.settled = value
@@ -615,12 +652,48 @@ mod tests {
                 of: "first".into(),
                 by: "again".into(),
             })),
+            reprocess: 3,
         };
         for carrier in [Carrier::Amqp, Carrier::Kafka] {
             let (back, back_marks) = round_trip(&message, &marks, carrier);
             assert_eq!(back, message, "{carrier:?}");
             assert_eq!(back_marks, marks, "{carrier:?}");
         }
+    }
+
+    #[test]
+    fn the_copy_of_a_letter_is_another_than_what_died_and_than_the_next_copy() {
+        let known = |reprocess| {
+            let marks = Marks {
+                reprocess,
+                ..Marks::default()
+            };
+            marks.identity("m").into_owned()
+        };
+        assert_eq!(known(0), "m");
+        assert_eq!(known(1), known(1));
+        assert_ne!(known(1), known(0));
+        assert_ne!(known(1), known(2));
+        assert!(MessageId::new(known(1)).is_err(), "nobody else's id");
+    }
+
+    #[test]
+    fn a_letter_says_what_the_message_was_and_not_who_settled_it() {
+        let failure = Failure::now("expired", "x", "t", None);
+        let marks = Marks {
+            possible_duplicate: true,
+            settled: vec!["a".into()],
+            failure: None,
+            replay: Some(Box::new(Replayed {
+                of: "first".into(),
+                by: "again".into(),
+            })),
+            reprocess: 3,
+        };
+        let letter = marks.clone().of_letter(failure.clone());
+        assert_eq!(letter.failure.as_deref(), Some(&failure));
+        assert_eq!((letter.replay, letter.reprocess), (marks.replay, 3));
+        assert!(letter.settled.is_empty());
     }
 
     #[test]

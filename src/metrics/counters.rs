@@ -154,6 +154,10 @@ counters! {
     messages_retried,
     /// Messages moved to the dead letters.
     messages_dead_lettered,
+    /// Dead letters that were published again.
+    dead_letters_reprocessed,
+    /// Dead letters that were discarded.
+    dead_letters_discarded,
     /// Messages acked.
     messages_acked,
     /// Messages given back.

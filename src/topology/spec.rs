@@ -172,6 +172,38 @@ impl Topology {
             .unwrap_or("helixagent.dlq")
     }
 
+    /// The queue that keeps what was decided about dead letters until it is
+    /// purged: those that were processed or discarded.
+    #[must_use]
+    pub fn decided_queue(&self) -> String {
+        format!("{}.decided", self.dead_letter_queue())
+    }
+
+    /// Whether dead letters lie in this queue, which is read by its name only:
+    /// a pattern does not mean it.
+    #[must_use]
+    pub fn keeps_dead_letters(&self, queue: &str) -> bool {
+        queue
+            .strip_prefix(self.dead_letter_queue())
+            .is_some_and(|rest| rest.is_empty() || rest == ".decided")
+    }
+
+    /// The topics that dead letters may lie in: that of streams, and its
+    /// siblings in the topology (`helixagent.dlq.tasks`).
+    #[must_use]
+    pub fn dead_letter_topics(&self) -> Vec<&str> {
+        let own = self.dead_letter_topic();
+        let family = own.rsplit_once('.').map(|(parent, _)| parent);
+        let is_sibling = |name: &str| {
+            let parent = name.rsplit_once('.').map(|(parent, _)| parent);
+            name != own && parent == family && family.is_some_and(|f| f.ends_with("dlq"))
+        };
+        let names = self.topics.iter().map(|t| t.name.as_str());
+        std::iter::once(own)
+            .chain(names.filter(|n| is_sibling(n)))
+            .collect()
+    }
+
     /// The topic of dead letters of streams.
     #[must_use]
     pub fn dead_letter_topic(&self) -> &str {

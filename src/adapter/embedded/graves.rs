@@ -13,7 +13,10 @@ use super::{
 use crate::{
     broker::BrokerType,
     error::{Error, ErrorCode, Result},
-    message::{Message, MessageState, Timestamp, wire::Failure},
+    message::{
+        Message, MessageState, Timestamp,
+        wire::{Failure, Marks},
+    },
     topic::Topic,
 };
 
@@ -41,13 +44,17 @@ impl State {
         now: Timestamp,
         from: &str,
         message: &Arc<Message>,
-        failure: &Failure,
+        marks: &Marks,
     ) -> Result<()> {
         let from_id = self.queue_id(from).unwrap_or(0);
         let name = Topic::new(self.topology.canonical(from))?;
         self.check_room(cost(message))?;
-        let entry = entry_for(&name, message, &self.no_marks.clone(), None);
-        let entry = dead_letter(entry, failure.clone());
+        let failure = match marks.failure.as_deref() {
+            Some(failure) => failure.clone(),
+            None => Failure::now("dead_lettered", "", &name, None),
+        };
+        let entry = entry_for(&name, message, &Arc::new(marks.clone()), None);
+        let entry = dead_letter(entry, failure);
         let mut copies = self.copies(now, from_id, entry, true, 0).ok_or_else(|| {
             Error::new(
                 ErrorCode::DeadLetterFailed,

@@ -27,7 +27,7 @@ impl State {
         let matching: Vec<QueueId> = self
             .queue_names
             .iter()
-            .filter(|(name, _)| consumer.pattern.matches(name))
+            .filter(|(name, _)| self.covers(&consumer.pattern, name))
             .map(|(_, id)| *id)
             .collect();
         for id in &matching {

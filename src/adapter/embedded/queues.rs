@@ -14,7 +14,7 @@ use crate::{
     broker::{BrokerType, Fate, QueueOptions, QueueStats},
     error::{Error, ErrorCode, Result},
     message::{Message, Timestamp, wire::Marks},
-    topic::Topic,
+    topic::{Pattern, Topic},
 };
 
 impl State {
@@ -107,7 +107,7 @@ impl State {
         let matching: Vec<ConsumerId> = self
             .consumers
             .iter()
-            .filter(|(_, c)| !c.stopped && c.pattern.matches(&name))
+            .filter(|(_, c)| !c.stopped && self.covers(&c.pattern, &name))
             .map(|(id, _)| *id)
             .collect();
         for consumer in matching {
@@ -116,6 +116,13 @@ impl State {
             }
         }
         Ok(id)
+    }
+
+    /// Whether a subscription to this pattern means the queue. One with
+    /// wildcards does not mean those that dead letters lie in.
+    pub(super) fn covers(&self, pattern: &Pattern, name: &str) -> bool {
+        pattern.matches(name)
+            && (pattern.literal().is_some() || !self.topology.keeps_dead_letters(name))
     }
 
     /// Deletes a queue with everything in it.

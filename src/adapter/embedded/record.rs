@@ -291,6 +291,8 @@ struct Metadata<'a> {
     failure: Option<Failed<'a>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     replay: Option<Cow<'a, Replayed>>,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    rp: u32,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -348,6 +350,7 @@ impl<'a> Metadata<'a> {
             settled: Cow::Borrowed(&marks.settled),
             failure: marks.failure.as_deref().map(Failed::of),
             replay: marks.replay.as_deref().map(Cow::Borrowed),
+            rp: marks.reprocess,
         }
     }
 }
@@ -511,6 +514,7 @@ mod reading {
                 settled: self.settled.into_owned(),
                 failure: self.failure.map(|f| Box::new(f.failure())),
                 replay: self.replay.map(|r| Box::new(r.into_owned())),
+                reprocess: self.rp,
             };
             Ok(Content {
                 message: Arc::new(message),

@@ -62,6 +62,7 @@ fn full() -> Content {
                 of: "first".into(),
                 by: "again".into(),
             })),
+            reprocess: 2,
         }),
         routing_key: Some("key".into()),
     }

@@ -8,7 +8,7 @@ use super::{EmbeddedBroker, lease};
 use crate::{
     broker::{Delivery, QueueOptions, QueueStats, TaskQueueBroker},
     error::{Error, ErrorCode, Result},
-    message::{Message, wire::Failure},
+    message::{Message, wire::Marks},
     topic::Topic,
 };
 
@@ -63,17 +63,12 @@ impl TaskQueueBroker for EmbeddedBroker {
             .await
     }
 
-    async fn dead_letter(
-        &self,
-        queue: &Topic,
-        message: Arc<Message>,
-        failure: Failure,
-    ) -> Result<()> {
+    async fn dead_letter(&self, queue: &Topic, message: Arc<Message>, marks: Marks) -> Result<()> {
         self.shared.usable()?;
         self.shared
             .durably(|state, now| {
                 state
-                    .dead_letter_message(now, queue, &message, &failure)
+                    .dead_letter_message(now, queue, &message, &marks)
                     .map_err(|e| {
                         Error::new(ErrorCode::DeadLetterFailed, e.message())
                             .on(queue.as_str())

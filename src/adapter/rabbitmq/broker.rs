@@ -22,10 +22,7 @@ use crate::{
         TaskQueueBroker, direct::DirectPublisher, dispatch::Subscriptions,
     },
     error::{Error, ErrorCode, Result},
-    message::{
-        Message,
-        wire::{Failure, Marks},
-    },
+    message::{Message, wire::Marks},
     metrics::MetricsRecorder,
     topic::{Pattern, Topic},
     topology::{Topology, TopologyMode, TopologyReport},
@@ -345,19 +342,12 @@ impl TaskQueueBroker for RabbitMqBroker {
         Ok(())
     }
 
-    async fn dead_letter(
-        &self,
-        queue: &Topic,
-        message: Arc<Message>,
-        failure: Failure,
-    ) -> Result<()> {
+    async fn dead_letter(&self, queue: &Topic, message: Arc<Message>, marks: Marks) -> Result<()> {
         self.shared.current()?;
         let mut message = (*message).clone();
-        message.error.get_or_insert_with(|| failure.details.clone());
-        let marks = Marks {
-            failure: Some(Box::new(failure)),
-            ..Marks::default()
-        };
+        if let Some(failure) = &marks.failure {
+            message.error.get_or_insert_with(|| failure.details.clone());
+        }
         let address = (
             String::new(),
             self.shared.topology.dead_letter_queue().to_owned(),

@@ -194,12 +194,13 @@ impl Group {
 fn matching(shared: &Shared, pattern: &Pattern) -> Vec<String> {
     let topology = &shared.topology;
     let retry = topology::retry_queue(topology).map(|q| q.name.as_str());
-    let dead = topology.dead_letter_queue();
     let known = topology.queues.iter().map(|q| q.name.clone());
     let mut names: Vec<String> = known.chain(shared.declared().into_keys()).collect();
     names.sort_unstable();
     names.dedup();
-    names.retain(|n| pattern.matches(n) && Some(n.as_str()) != retry && n != dead);
+    names.retain(|n| {
+        pattern.matches(n) && Some(n.as_str()) != retry && !topology.keeps_dead_letters(n)
+    });
     names
 }
 

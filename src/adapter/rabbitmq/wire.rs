@@ -171,14 +171,18 @@ pub(super) fn message(delivery: Delivery, queue: &str, stream: bool) -> (Message
         Carrier::Amqp,
     );
     if marks.failure.is_none()
-        && let Some((reason, from)) = death
+        && let Some(death) = death
     {
+        let at = death.at.unwrap_or(now);
         marks.failure = Some(Box::new(Failure {
-            details: format!("dead-lettered by RabbitMQ from queue {from}"),
-            reason,
-            first: now,
-            last: now,
-            original_topic: from,
+            details: format!(
+                "dead-lettered by RabbitMQ from queue {}, {} times",
+                death.queue, death.count
+            ),
+            reason: death.reason,
+            first: at,
+            last: at,
+            original_topic: death.queue,
         }));
     }
     message.redelivered = delivery.redelivered;
@@ -218,8 +222,15 @@ fn is_servers(name: &str) -> bool {
         || name.starts_with("x-last-death-")
 }
 
-/// Reason and queue of the newest death.
-fn death_of(value: &AMQPValue) -> Option<(String, String)> {
+/// What the server says of the newest death.
+struct Death {
+    reason: String,
+    queue: String,
+    count: String,
+    at: Option<Timestamp>,
+}
+
+fn death_of(value: &AMQPValue) -> Option<Death> {
     let AMQPValue::FieldArray(deaths) = value else {
         return None;
     };
@@ -232,7 +243,18 @@ fn death_of(value: &AMQPValue) -> Option<(String, String)> {
             .get(name)
             .map(|v| String::from_utf8_lossy(&bytes(v)).into_owned())
     };
-    Some((field("reason")?, field("queue")?))
+    let at = match newest.inner().get("time") {
+        Some(AMQPValue::Timestamp(seconds)) => i64::try_from(seconds.saturating_mul(1000))
+            .ok()
+            .map(Timestamp::from_millis),
+        _ => None,
+    };
+    Some(Death {
+        reason: field("reason")?,
+        queue: field("queue")?,
+        count: field("count").unwrap_or_else(|| "1".to_owned()),
+        at,
+    })
 }
 
 /// User header names are lower-case here; CloudEvents' other AMQP prefix means
@@ -352,6 +374,7 @@ mod tests {
             settled: vec!["g".into()],
             failure: Some(Box::new(Failure::now("r", "d", "tasks.x", None))),
             replay: None,
+            reprocess: 1,
         };
         let (mut back, back_marks) = round(&message, &marks);
         assert_eq!(back.topic.take().as_deref(), Some("tasks.x"));

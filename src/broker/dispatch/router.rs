@@ -33,6 +33,12 @@ impl TypeRouter {
         self.fallback = Some(Arc::new(handler));
         self
     }
+
+    /// Whether it has a handler for a type.
+    #[must_use]
+    pub fn handles(&self, kind: &str) -> bool {
+        self.fallback.is_some() || self.handlers.contains_key(kind)
+    }
 }
 
 impl Handler for TypeRouter {

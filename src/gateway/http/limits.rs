@@ -82,6 +82,9 @@ pub(super) const DEFAULT_SPOOL_PAGE: usize = 100;
 /// Lanes of one look at the spool.
 pub(super) const MAX_SPOOL_LANES: usize = 10_000;
 
+/// Dead letters of one list, or that are reprocessed by one request.
+pub(super) const MAX_DEAD_LETTERS: usize = 1_000;
+
 /// The JSON envelope of a payload of `max_message_bytes` is at most this long:
 /// base64 takes four bytes for three.
 pub(super) const fn envelope_bytes(max_message_bytes: usize) -> usize {

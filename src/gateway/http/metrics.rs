@@ -112,6 +112,16 @@ impl Page {
                 hub.messages_dead_lettered,
             ),
             (
+                "messaging_dlq_reprocessed_total",
+                "Dead letters that were published again, or taken by a processor",
+                hub.dead_letters_reprocessed,
+            ),
+            (
+                "messaging_dlq_discarded_total",
+                "Dead letters that were given up, with a reason",
+                hub.dead_letters_discarded,
+            ),
+            (
                 "messaging_spooled_messages_total",
                 "Messages that the spool took",
                 metrics.fallback_usages,

@@ -13,6 +13,7 @@
 mod cloudevents;
 mod commit;
 mod cursor;
+mod dead_letters;
 mod envelope;
 mod flushed;
 mod guard;

@@ -10,7 +10,8 @@ use axum::{
 };
 
 use super::{
-    App, commit, guard, lease, metrics, problem::Problem, publish, replays, spool, state, stream,
+    App, commit, dead_letters, guard, lease, metrics, problem::Problem, publish, replays, spool,
+    state, stream,
 };
 
 /// Every path, behind the guard.
@@ -33,6 +34,19 @@ pub(super) fn router(app: &App) -> Router {
         .route("/v1/replays", get(replays::list).post(replays::start))
         .route("/v1/replays/{id}", get(replays::one))
         .route("/v1/replays/{id}/cancel", post(replays::cancel))
+        .route("/v1/dead-letters", get(dead_letters::list))
+        .route(
+            "/v1/dead-letters/reprocess",
+            post(dead_letters::reprocess_all),
+        )
+        .route("/v1/dead-letters/purge", post(dead_letters::purge))
+        .route("/v1/dead-letters/{id}", get(dead_letters::show))
+        .route(
+            "/v1/dead-letters/{id}/reprocess",
+            post(dead_letters::reprocess),
+        )
+        .route("/v1/dead-letters/{id}/edit", post(dead_letters::edit))
+        .route("/v1/dead-letters/{id}/discard", post(dead_letters::discard))
         .route("/v1/topology", get(state::topology))
         .route("/v1/topology/apply", post(state::apply))
         .route("/v1/topology/wanted", get(state::wanted))

@@ -97,6 +97,10 @@ impl Lane {
 
     /// Events are named after their place: e1 is the first.
     fn publish(&mut self, key: u64) {
+        self.publish_marked(key, Marks::default());
+    }
+
+    fn publish_marked(&mut self, key: u64, marks: Marks) {
         let n = self.machine.next_seq() + self.machine.waiting() as u64;
         let mut message = Message::new("t", "x");
         message.id = MessageId::new(format!("e{n}")).unwrap();
@@ -105,7 +109,7 @@ impl Lane {
             order: OrderKey::Publisher(key),
             confirm: true,
             deadline: self.now + Duration::from_secs(3_600),
-            marks: Marks::default(),
+            marks,
             waiter: n,
         };
         self.machine.publish(self.now(), [intake]);
@@ -131,6 +135,7 @@ impl Lane {
                     tag,
                     message,
                     failure,
+                    ..
                 } => self.copies.push((tag, message.id.to_string(), failure)),
                 Action::DeadLetter { seq, .. } => drop(self.disk.remove(&seq)),
                 Action::Answer(_, outcome) => {
@@ -335,6 +340,29 @@ fn what_is_in_doubt_is_not_handed_out_and_holds_its_key() {
     let taken = lane.take("a", 9);
     assert_eq!(ids(&taken), ["e1"]);
     assert!(taken[0].1.marks.possible_duplicate);
+}
+
+#[test]
+fn what_an_event_is_marked_with_goes_along_to_its_letter() {
+    let mut lane = Lane::new();
+    lane.machine.broker_away(lane.now());
+    let marks = Marks {
+        reprocess: 2,
+        ..Marks::default()
+    };
+    lane.publish_marked(0, marks);
+    let taken = lane.take("a", 1);
+    let verdict = Verdict::DeadLetter {
+        failure: failure("bang"),
+    };
+    assert!(lane.machine.settle(lane.now(), taken[0].0, verdict));
+    // Else the next copy would have the number of one that was handled.
+    let copied = |a: &Action<u64>| match a {
+        Action::CopyToDead { marks, .. } => Some(marks.reprocess),
+        _ => None,
+    };
+    let actions = lane.machine.take_actions();
+    assert_eq!(actions.iter().filter_map(copied).collect::<Vec<_>>(), [2]);
 }
 
 #[test]

@@ -126,6 +126,8 @@ pub(crate) enum Action<W> {
         seq: Seq,
         message: Arc<Message>,
         failure: Failure,
+        /// As it is marked.
+        marks: Marks,
     },
     /// Keep a copy of a spooled event in the hub's dead letters, for the group
     /// that has it in hand; then that is to be settled, with an ack, or given
@@ -134,6 +136,8 @@ pub(crate) enum Action<W> {
         tag: Tag,
         message: Arc<Message>,
         failure: Failure,
+        /// As it is marked.
+        marks: Marks,
     },
     /// The state changed.
     Changed {
@@ -831,6 +835,7 @@ impl<W> Machine<W> {
                 seq,
                 message: entry.message,
                 failure,
+                marks: entry.marks,
             });
         }
     }

@@ -578,6 +578,7 @@ impl Task {
                         seq,
                         message,
                         failure,
+                        marks,
                     } => {
                         self.parts.recorder.messages_dead_lettered.inc();
                         // What was noted of it is written first, or there
@@ -587,17 +588,19 @@ impl Task {
                         let release = self.keeper.give_away(seq);
                         self.forget(at, seq);
                         if let Some(dead) = &self.parts.dead {
-                            dead.bury(&self.parts.topic, message, failure, release);
+                            let marks = marks.of_letter(failure);
+                            dead.bury(&self.parts.topic, message, marks, release);
                         }
                     }
                     Action::CopyToDead {
                         tag,
                         message,
                         failure,
+                        marks,
                     } => match &self.parts.dead {
                         Some(dead) => {
-                            let back = &self.settlements;
-                            dead.copy(&self.parts.topic, message, failure, back, tag);
+                            let (marks, back) = (marks.of_letter(failure), &self.settlements);
+                            dead.copy(&self.parts.topic, message, marks, back, tag);
                         }
                         // Without a fallback there is no spool either.
                         None => drop(self.settlements.send(Settlement {

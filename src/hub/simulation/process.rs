@@ -615,6 +615,7 @@ impl World {
                 seq,
                 message,
                 failure,
+                ..
             } => {
                 let attempt = attempt_of(&message);
                 self.trace(|| {

@@ -71,6 +71,8 @@ struct Description {
     failure: Option<KeptFailure>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     replay: Option<Box<Replayed>>,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    reprocess: u32,
     /// The hub made the id.
     #[serde(default, skip_serializing_if = "is_false")]
     generated: bool,
@@ -116,6 +118,7 @@ pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> 
             topic: f.original_topic.clone(),
         }),
         replay: entry.marks.replay.clone(),
+        reprocess: entry.marks.reprocess,
         generated: message.id.is_generated(),
         message,
     };
@@ -189,6 +192,7 @@ pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
                     })
                 }),
                 replay: found.replay,
+                reprocess: found.reprocess,
             },
             // Whatever was asked for then, nobody waits for the answer now.
             confirm: true,
@@ -206,6 +210,14 @@ pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
 )]
 fn is_false(b: &bool) -> bool {
     !b
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands over references"
+)]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 #[cfg(test)]
@@ -246,6 +258,7 @@ mod tests {
                     of: "o".to_owned(),
                     by: "b".to_owned(),
                 })),
+                reprocess: 2,
             },
             confirm: true,
             since: Timestamp::from_millis(5),

@@ -118,6 +118,7 @@ impl<W> Machine<W> {
             tag,
             message: entry.message.clone(),
             failure,
+            marks: entry.marks.clone(),
         });
         true
     }
