@@ -107,7 +107,10 @@ impl SpoolLog {
 
 fn note(left: &mut Left, id: KeptId, kept: codec::Kept, wanted: Wanted) {
     let message = &kept.entry.message;
-    if !kept.generated && kept.entry.since >= wanted.since && wanted.ids > 0 {
+    // The copy of a dead letter passed the window by: its id may be another's in
+    // the topic that it was sent to.
+    let brought = !kept.generated && kept.entry.marks.reprocess == 0;
+    if brought && kept.entry.since >= wanted.since && wanted.ids > 0 {
         if left.ids.len() == wanted.ids {
             left.ids.pop_front();
         }
