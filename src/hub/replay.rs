@@ -179,9 +179,13 @@ impl MessagingHub {
             return Ok(vec![Source { broker, topic }]);
         }
         let mut sources: Vec<Source> = Vec::new();
+        // A pattern does not mean them: published into itself, such a log would
+        // have each letter twice. They have tools of their own.
+        let dead_letters = self.0.topology.dead_letter_topics();
         for topic in self.list_topics().await? {
             let known = |topic: &Topic| sources.iter().any(|s| s.topic == *topic);
             if !wanted.topics.matches(&topic)
+                || dead_letters.contains(&topic.as_str())
                 || wanted.target.as_ref() == Some(&topic)
                 || known(&topic)
             {

@@ -5,6 +5,8 @@
 //! the same replay, begun again under its id after a crash, makes the same ids and
 //! is recognised. The first id travels along as a mark.
 
+use std::borrow::Cow;
+
 use uuid::Uuid;
 
 use crate::{
@@ -31,6 +33,15 @@ pub(super) fn first_id(received: &Received) -> &str {
     match &received.marks.replay {
         Some(replay) if !replay.of.is_empty() => &replay.of,
         _ => received.id.as_str(),
+    }
+}
+
+/// What tells repeats of it from others. A dead letter that was published again
+/// under its id is no repeat: it may have been mended.
+pub(super) fn first_identity(received: &Received) -> Cow<'_, str> {
+    match &received.marks.replay {
+        Some(replay) if !replay.of.is_empty() => replay.of.as_str().into(),
+        _ => received.marks.identity(received.id.as_str()),
     }
 }
 
@@ -134,6 +145,18 @@ mod tests {
         assert_eq!((copy.message.partition, copy.message.offset), (None, None));
         let mark = copy.marks.replay.unwrap();
         assert_eq!((mark.of.as_str(), mark.by.as_str()), ("first", "r"));
+    }
+
+    #[test]
+    fn a_letter_that_was_published_again_is_no_repeat() {
+        let mut again = received(9);
+        again.marks = Arc::new(Marks {
+            reprocess: 1,
+            ..Marks::default()
+        });
+        assert_ne!(first_identity(&again), first_identity(&received(5)));
+        assert_eq!(first_identity(&again), first_identity(&again.clone()));
+        assert_eq!(first_id(&again), "first");
     }
 
     #[test]

@@ -163,7 +163,7 @@ impl Job {
             return self.count();
         }
         if let Some(seen) = &mut self.seen
-            && !seen.insert(copy::first_id(received))
+            && !seen.insert(&copy::first_identity(received))
         {
             self.progress.skipped += 1;
             return self.count();
