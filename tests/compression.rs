@@ -16,6 +16,7 @@ use messaging_hub::{
     adapter::embedded::{EmbeddedBroker, EmbeddedConfig},
     broker::{Compression, Consumer, Source},
     config::{CompressionSettings, RouteKind, RouteSettings},
+    dead_letter::{Edit, Reprocessed},
     hub::{HubConfig, MessagingHub},
     message::MessageId,
     topology::Topology,
@@ -67,6 +68,43 @@ fn is_whole(delivery: &Delivery, id: &str) {
     assert_eq!(delivery.payload, published.payload);
     assert_eq!(delivery.headers, published.headers);
     assert_eq!(delivery.content_encoding, None);
+}
+
+#[tokio::test]
+async fn a_compressed_dead_letter_is_shown_edited_and_published_whole() {
+    let broker = EmbeddedBroker::new(EmbeddedConfig::default(), Arc::new(Topology::default()));
+    broker.connect().await.unwrap();
+    let hub = MessagingHub::new(with(Compression::Zstd), Topology::default());
+    hub.set_fallback_broker(broker.clone()).unwrap();
+    let topic = "tasks.dies";
+    let options = SubscribeOptions::default();
+    let mut consumer = hub.consume(topic, options).await.unwrap();
+    let edit = Edit::patch(serde_json::json!({"headers": {"h": "w"}})).unwrap();
+    for (id, edit) in [("m1", None), ("m2", Some(&edit))] {
+        hub.publish(topic, large(id)).await.unwrap();
+        let dying = next(&mut consumer).await;
+        is_whole(&dying, id);
+        dying.dead_letter("handler_error", "no").await.unwrap();
+        // The broker has it small, and whoever asks the hub gets it whole.
+        let letter = wait::value(SOON, "the letter", || async {
+            hub.dead_letter(id).await.unwrap()
+        })
+        .await;
+        assert_eq!(letter.original_message.payload, large(id).payload);
+        assert_eq!(letter.original_message.content_encoding, None);
+
+        let done = hub.reprocess_dead_letter(id, edit).await.unwrap().unwrap();
+        assert!(matches!(done, Reprocessed::Processed { .. }), "{done:?}");
+        let again = next(&mut consumer).await;
+        assert_eq!(again.payload, large(id).payload);
+        assert_eq!(again.content_encoding, None);
+        let header = if edit.is_some() { "w" } else { "v" };
+        assert_eq!(again.headers["h"], header);
+        assert_eq!(again.headers.len(), 1);
+        assert_eq!(again.marks.reprocess, 1);
+        again.ack().await.unwrap();
+    }
+    hub.close(SOON).await;
 }
 
 #[tokio::test]
