@@ -4,6 +4,8 @@
 
 mod process;
 
+use std::time::{Duration, Instant};
+
 use futures_util::StreamExt;
 use process::{Hub, PATIENCE, run};
 use reqwest::{Client, Response, StatusCode};
@@ -361,6 +363,39 @@ async fn a_group_goes_on_after_what_was_written_to_its_socket() {
     publish(&hub, "user.created", "g2").await;
     let mut events = Events::open(&hub, &query, None).await;
     assert_eq!(events.ids(1).await, ["g2"]);
+}
+
+/// What was written to a socket may have been lost on the way: the client knows.
+#[tokio::test]
+async fn a_group_that_resumes_behind_what_it_was_given_gets_it_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let hub = Hub::start_with(&["--data", folder.path().to_str().unwrap()], &[]);
+    for id in ["r1", "r2", "r3"] {
+        let body = json!({"id": id, "key": "same"});
+        let answer = post(&hub, "user.created", ENVELOPE, body.to_string()).await;
+        assert_eq!(answer.status(), 200);
+    }
+    let query = [("pattern", "user.created"), ("group", "resumed")];
+    let mut events = Events::open(&hub, &query, None).await;
+    let (cursor, first) = events.next().await.unwrap();
+    assert_eq!(first["id"], "r1");
+    assert_eq!(events.ids(2).await, ["r2", "r3"]);
+    drop(events);
+    // Nothing is left for whoever asks for what was not given yet.
+    publish(&hub, "user.created", "r4").await;
+    let mut events = Events::open(&hub, &query, None).await;
+    assert_eq!(events.ids(1).await, ["r4"]);
+    drop(events);
+    // The position moves once the hub has noticed that the last reader is gone.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < deadline, "nothing came again");
+        let mut events = Events::open(&hub, &query, Some(&cursor)).await;
+        if let Ok(again) = timeout(Duration::from_millis(500), events.ids(2)).await {
+            assert_eq!(again, ["r2", "r3"]);
+            break;
+        }
+    }
 }
 
 #[tokio::test]

@@ -4,23 +4,22 @@ use super::{disk::Faults, *};
 
 #[test]
 fn a_power_cut_at_any_step_of_deleting_and_compacting_loses_nothing() {
-    let synced_all = cut_everywhere(&small());
-    assert!(synced_all);
+    cut_everywhere(&small());
 }
 
 /// What was not synced may be gone, but only from the end, and what was deleted
 /// or moved meanwhile takes nothing with it.
 #[test]
 fn a_power_cut_where_syncs_are_late_takes_only_the_newest() {
-    let synced_all = cut_everywhere(&late());
-    assert!(!synced_all, "every batch had a sync of its own");
+    cut_everywhere(&late());
 }
 
-/// Says whether all was synced in the run that nothing cut.
-fn cut_everywhere(options: &JournalOptions) -> bool {
+fn cut_everywhere(options: &JournalOptions) {
     let disk = Disk::new();
     let (model, synced) = course(&disk, options);
-    let all = synced == model.batches.len() as Lsn;
+    if options.sync_delay.is_zero() {
+        assert_eq!(synced, model.batches.len() as Lsn);
+    }
     let steps = disk.steps();
     assert!(steps > 100, "{steps} steps are too few to mean anything");
     for step in 1..=steps {
@@ -40,7 +39,6 @@ fn cut_everywhere(options: &JournalOptions) -> bool {
         }
     }
     eprintln!("{steps} steps, 6 seeds each");
-    all
 }
 
 /// Fills segments, removes most of each, so that the oldest are deleted and the

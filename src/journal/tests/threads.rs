@@ -55,10 +55,11 @@ async fn what_may_wait_for_its_sync_is_synced_when_its_time_is_over() {
         ..JournalOptions::default()
     };
     let journal = journal(&Disk::new(), options);
-    let last = (0..50u64)
-        .map(|n| journal.append(put(body(n, 100))).unwrap())
-        .last();
-    journal.synced(last.unwrap().lsn).await.unwrap();
+    let mut last = 0;
+    for n in 0..50u64 {
+        last = journal.append(put(body(n, 100))).unwrap().lsn;
+    }
+    journal.synced(last).await.unwrap();
     let usage = journal.usage();
     assert!(usage.syncs < 5, "{usage:?}");
     let mut urgent = put("now");
