@@ -203,7 +203,7 @@ impl Parts {
     /// queue of its own; of a stream everybody reads all.
     fn perch(&self, instance: &str) -> Result<Topic> {
         if self.has_queue() {
-            Topic::new(&format!("{}.{instance}", self.settings.topic))
+            Topic::new(format!("{}.{instance}", self.settings.topic))
         } else {
             Topic::new(self.settings.topic.as_str())
         }
