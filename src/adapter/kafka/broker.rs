@@ -274,6 +274,7 @@ impl MessageBroker for KafkaBroker {
                 backend.config.compression,
                 backend.config.batch_size,
             )?;
+            backend.publisher.prepare();
             let asker = backend.admin.asker()?;
             let (found, finds) = mpsc::channel(1);
             let probe = Arc::new(Probe::start(

@@ -245,6 +245,15 @@ impl Publisher {
         }
     }
 
+    /// Makes a producer of the usual kind ahead of the first publish, which would
+    /// otherwise wait until it has its number, and be spooled if that takes longer
+    /// than the hedge.
+    pub(super) fn prepare(&self) {
+        if self.config.enable_idempotence {
+            self.reserve((self.config.compression, self.config.batch_size.max(1)));
+        }
+    }
+
     fn reserve(&self, make: Make) {
         match self.make(make) {
             Ok(producer) => {
