@@ -59,7 +59,8 @@ impl Calls {
                     done.insert(received.message.id.clone());
                     done.len()
                 };
-                this.progress.send_replace(done);
+                // Calls that end at once may come here in any order.
+                this.progress.send_modify(|most| *most = done.max(*most));
                 Ok::<(), HandlerError>(())
             }
         })
