@@ -857,6 +857,37 @@ async fn while_the_broker_is_away_publishes_are_spooled_and_what_is_left_ends_it
     assert!(err.contains("3 accepted messages"), "{err}");
 }
 
+/// Whoever started it may have given it a pipe and forgotten about it: a pipe
+/// holds 64 KiB, and a hub that waited for its reader would stand still.
+#[tokio::test]
+async fn a_log_that_nobody_reads_stops_nothing() {
+    const WORDS: usize = 1_000;
+    let mut hub = Hub::start_with(&[], &[("RUST_LOG", "warn")]);
+    let client = Client::new();
+    let say = async |what: &str| {
+        let asked = client
+            .post(hub.at(&format!("/v1/spool/{what}")))
+            .json(&json!({}));
+        let answer = timeout(PATIENCE, asked.send()).await.expect("it answers");
+        assert_eq!(answer.unwrap().status(), StatusCode::OK);
+    };
+    // Each is a line of the log, of a hundred bytes and more.
+    for _ in 0..WORDS {
+        say("pause").await;
+        say("resume").await;
+    }
+    let well = client.get(hub.at("/healthz")).send().await.unwrap();
+    assert_eq!(well.status(), StatusCode::OK);
+    hub.signal("TERM");
+    let (status, said) = hub.ended();
+    assert!(status.success(), "{status}");
+    assert!(
+        said.len() >= 64 * 1024,
+        "{} bytes fit into the pipe",
+        said.len()
+    );
+}
+
 #[cfg(feature = "rabbitmq")]
 #[tokio::test]
 async fn operators_see_the_spool_pause_it_and_export_what_can_be_published_again() {

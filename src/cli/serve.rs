@@ -4,10 +4,17 @@
 //! leases back and closes the hub, all within the grace period. The second one
 //! ends the process at once.
 
-use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{
+    fmt::Display,
+    io::{IsTerminal as _, Write as _},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::Args;
 use tokio::time::Instant;
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{EnvFilter, fmt::format::FmtSpan};
 
 use super::{Failure, Target, say};
@@ -59,7 +66,7 @@ impl Serve {
             Some(dir) => Some(super::data::DataFolder::take(dir)?),
             None => None,
         };
-        start_log(&config.log)?;
+        let log = start_log(&config.log)?;
         let options = HttpOptions {
             address: resolve(&config.server.http).await?,
             token: target.token.clone().filter(|t| !t.is_empty()),
@@ -75,7 +82,7 @@ impl Serve {
         tokio::select! {
             started = system.initialize() => started?,
             () = signals.next() => {
-                eprintln!("stopped before it was started");
+                log.tell("stopped before it was started");
                 return Ok(ExitCode::SUCCESS);
             }
         }
@@ -88,14 +95,14 @@ impl Serve {
         };
         say(format!("listening http://{}", server.address()))?;
         signals.next().await;
-        eprintln!(
+        log.tell(format_args!(
             "stopping, within {} s; a second signal ends at once",
             grace.as_secs()
-        );
+        ));
         tokio::select! {
-            left = stop(&server, &system, grace) => Ok(left),
+            left = stop(&log, &server, &system, grace) => Ok(left),
             () = signals.next() => {
-                eprintln!("ended at once by a second signal; what was in memory is lost");
+                log.tell("ended at once by a second signal; what was in memory is lost");
                 Ok(ExitCode::FAILURE)
             }
         }
@@ -103,6 +110,7 @@ impl Serve {
 }
 
 async fn stop(
+    log: &Log,
     server: &HttpServer,
     system: &MessagingSystem,
     grace: std::time::Duration,
@@ -110,30 +118,28 @@ async fn stop(
     let deadline = Instant::now() + grace;
     // Half for requests, so that the lanes have time to flush.
     if !server.stop(grace / 2).await {
-        eprintln!("some requests did not end in time and were cut off");
+        log.tell("some requests did not end in time and were cut off");
     }
     let rest = deadline.saturating_duration_since(Instant::now());
     let report = system.hub().close(rest).await;
     if report.handlers_given_up > 0 {
-        eprintln!(
+        log.tell(format_args!(
             "{} handlers did not end in time; their messages were given back",
             report.handlers_given_up
-        );
+        ));
     }
     if report.left_in_journal > 0 {
-        eprintln!(
+        log.tell(format_args!(
             "{} accepted messages are still in the data folder; the next start goes on with them",
             report.left_in_journal
-        );
+        ));
     }
     if report.left_in_memory_spool > 0 {
-        eprintln!(
-            "{} accepted messages were still in the memory spool and are lost; the brokers did not come back in time",
-            report.left_in_memory_spool
-        );
+        log.tell(format_args!("{} accepted messages were still in the memory spool and are lost; the brokers did not come back in time",
+            report.left_in_memory_spool));
         return ExitCode::FAILURE;
     }
-    eprintln!("stopped");
+    log.tell("stopped");
     ExitCode::SUCCESS
 }
 
@@ -159,7 +165,26 @@ async fn resolve(text: &str) -> Result<SocketAddr, Failure> {
         .ok_or_else(|| wrong("it has no address".to_owned()))
 }
 
-fn start_log(log: &LogConfig) -> Result<(), Failure> {
+/// What goes to standard error. A thread of its own writes: a reader that stands
+/// still, or a pipe that nobody reads, must not hold back those who have something
+/// to say. It is written to the end when this is dropped, if somebody reads.
+struct Log {
+    writer: NonBlocking,
+    _guard: WorkerGuard,
+}
+
+impl Log {
+    /// Says something to whoever started the hub, at any log level.
+    fn tell(&self, text: impl Display) {
+        // Takes it always; without room it drops it.
+        let _ = self
+            .writer
+            .clone()
+            .write_all(format!("{text}\n").as_bytes());
+    }
+}
+
+fn start_log(log: &LogConfig) -> Result<Log, Failure> {
     let filter = EnvFilter::try_new(&log.level).map_err(|e| {
         Failure::new(format!(
             "the log level {:?} is not understood: {e}; use info, or info,messaging_hub=debug",
@@ -169,17 +194,26 @@ fn start_log(log: &LogConfig) -> Result<(), Failure> {
     // Colours are for eyes: a file or a collector would keep the escapes.
     let colours = std::io::stderr().is_terminal()
         && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let (writer, _guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(LOG_LINES)
+        .lossy(true)
+        .thread_name("log")
+        .finish(std::io::stderr());
     let base = tracing_subscriber::fmt()
         .with_ansi(colours)
         .with_env_filter(filter)
         .with_span_events(FmtSpan::NONE)
-        .with_writer(std::io::stderr);
+        .with_writer(writer.clone());
     let done = match log.format {
         LogFormat::Text => base.try_init(),
         LogFormat::Json => base.json().try_init(),
     };
-    done.map_err(|e| Failure::new(format!("the log cannot be started: {e}")))
+    done.map_err(|e| Failure::new(format!("the log cannot be started: {e}")))?;
+    Ok(Log { writer, _guard })
 }
+
+/// Lines that wait to be written at most; of more than that some are dropped.
+const LOG_LINES: usize = 8192;
 
 /// SIGINT and SIGTERM.
 struct Signals {
