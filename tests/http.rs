@@ -881,11 +881,9 @@ async fn a_log_that_nobody_reads_stops_nothing() {
     hub.signal("TERM");
     let (status, said) = hub.ended();
     assert!(status.success(), "{status}");
-    assert!(
-        said.len() >= 64 * 1024,
-        "{} bytes fit into the pipe",
-        said.len()
-    );
+    // Full, but for the line that had no room.
+    let kept = said.len();
+    assert!(kept > 63 * 1024, "{kept} bytes did not fill the pipe");
 }
 
 #[cfg(feature = "rabbitmq")]
