@@ -114,6 +114,7 @@ impl Consumers {
             stopping: stopping.clone(),
             report,
             assigned: HashSet::new(),
+            missing_since: None,
             ends: Ends::new(options.stream.until.as_ref()),
         };
         let thread = std::thread::Builder::new()

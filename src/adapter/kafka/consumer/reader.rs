@@ -46,6 +46,8 @@ pub(super) struct Reader {
     pub(super) assigned: HashSet<TopicPartition>,
     /// How far it reads.
     pub(super) ends: Ends,
+    /// Since when the cluster says that it has no such topic.
+    pub(super) missing_since: Option<Instant>,
 }
 
 impl Reader {
@@ -76,6 +78,10 @@ impl Reader {
             self.store();
             if !self.core.member && Instant::now() >= next_look {
                 next_look = Instant::now() + self.look();
+                let missing = self.missing_since.map(|since| since.elapsed());
+                if self.ends.is_bounded() && missing.is_some_and(|long| long >= BELIEVED) {
+                    return Err(DELETED.to_owned());
+                }
             }
             self.tell();
             if self.ends.is_over() {
@@ -185,9 +191,7 @@ impl Reader {
             (
                 _,
                 Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition),
-            ) if self.ends.is_bounded() => {
-                Some("the topic was deleted before it was read to its end".to_owned())
-            }
+            ) if self.ends.is_bounded() => Some(DELETED.to_owned()),
             _ => None,
         }
     }
@@ -227,7 +231,12 @@ impl Reader {
         match self.assign_new() {
             Ok(()) => {
                 self.core.joined.store(true, Ordering::Release);
-                self.refresh
+                // Asked for by name it may also be that the client library never
+                // says so: what it had fetched goes on, and then nothing comes.
+                match self.missing_since {
+                    Some(_) => BELIEVED,
+                    None => self.refresh,
+                }
             }
             Err(error) => {
                 tracing::debug!(target: "messaging_hub::kafka", %error, "positions not known yet");
@@ -241,6 +250,14 @@ impl Reader {
         let metadata = self
             .client
             .fetch_metadata(literal.as_ref().map(|t| t.as_str()), METADATA)?;
+        let unknown = metadata.topics().iter().any(|t| {
+            t.error()
+                .is_some_and(|e| Code::from(e) == Code::UnknownTopicOrPartition)
+        });
+        self.missing_since = match (literal, unknown) {
+            (Some(_), true) => Some(self.missing_since.unwrap_or_else(Instant::now)),
+            _ => None,
+        };
         let new: Vec<TopicPartition> = metadata
             .topics()
             .iter()
@@ -393,6 +410,13 @@ impl Reader {
 pub(super) fn is_ours(name: &str) -> bool {
     !name.starts_with("__")
 }
+
+/// What ends a reader that was to read to an end.
+const DELETED: &str = "the topic was deleted before it was read to its end";
+
+/// How long the cluster must say that a topic is not there before that is
+/// believed: one that starts may know less than it has.
+const BELIEVED: Duration = Duration::from_secs(2);
 
 /// How long a poll waits for the first message; orders and stops are seen then.
 const SLICE: Duration = Duration::from_millis(100);
