@@ -46,7 +46,8 @@ pub(super) struct Reader {
     pub(super) assigned: HashSet<TopicPartition>,
     /// How far it reads.
     pub(super) ends: Ends,
-    /// Since when the cluster says that it has no such topic.
+    /// Since when the cluster says that it has no such topic; only a reader with an
+    /// end minds, another waits for the topic to come.
     pub(super) missing_since: Option<Instant>,
 }
 
@@ -78,8 +79,10 @@ impl Reader {
             self.store();
             if !self.core.member && Instant::now() >= next_look {
                 next_look = Instant::now() + self.look();
-                let missing = self.missing_since.map(|since| since.elapsed());
-                if self.ends.is_bounded() && missing.is_some_and(|long| long >= BELIEVED) {
+                if self
+                    .missing_since
+                    .is_some_and(|since| since.elapsed() >= BELIEVED)
+                {
                     return Err(DELETED.to_owned());
                 }
             }
@@ -231,8 +234,8 @@ impl Reader {
         match self.assign_new() {
             Ok(()) => {
                 self.core.joined.store(true, Ordering::Release);
-                // Asked for by name it may also be that the client library never
-                // says so: what it had fetched goes on, and then nothing comes.
+                // Asked again soon: the client library itself says late or never
+                // that a topic is gone, and then nothing comes of it any more.
                 match self.missing_since {
                     Some(_) => BELIEVED,
                     None => self.refresh,
@@ -254,10 +257,8 @@ impl Reader {
             t.error()
                 .is_some_and(|e| Code::from(e) == Code::UnknownTopicOrPartition)
         });
-        self.missing_since = match (literal, unknown) {
-            (Some(_), true) => Some(self.missing_since.unwrap_or_else(Instant::now)),
-            _ => None,
-        };
+        self.missing_since = (unknown && self.ends.is_bounded())
+            .then(|| self.missing_since.unwrap_or_else(Instant::now));
         let new: Vec<TopicPartition> = metadata
             .topics()
             .iter()
