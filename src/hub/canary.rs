@@ -15,7 +15,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::route::RouteKind;
+use super::{pending, route::RouteKind};
 use crate::{
     broker::{
         BrokerType, Consumer, Delivery, MessageBroker, PublishOptions, Receipt, Source,
@@ -297,13 +297,6 @@ async fn receive(consumer: &mut Option<Consumer>) -> Option<Vec<Delivery>> {
     match consumer {
         Some(consumer) => consumer.deliveries.recv().await,
         // Tried again with the next step.
-        None => std::future::pending().await,
-    }
-}
-
-async fn pending<T>(future: &mut Option<BoxFuture<'_, T>>) -> T {
-    match future {
-        Some(future) => future.await,
         None => std::future::pending().await,
     }
 }

@@ -62,6 +62,7 @@ use std::{
     },
 };
 
+use futures_util::future::BoxFuture;
 use tokio::{
     sync::{OnceCell, broadcast, watch},
     task::JoinHandle,
@@ -509,6 +510,14 @@ impl fmt::Debug for MessagingHub {
         f.debug_struct("MessagingHub")
             .field("lanes", &lock(&self.0.lanes).len())
             .finish_non_exhaustive()
+    }
+}
+
+/// Waits for work that is under way, if there is any.
+async fn pending<T>(work: &mut Option<BoxFuture<'_, T>>) -> T {
+    match work {
+        Some(work) => work.await,
+        None => std::future::pending().await,
     }
 }
 

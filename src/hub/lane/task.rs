@@ -42,6 +42,7 @@ use crate::{
         health::Health,
         lock,
         metrics::Meter,
+        pending,
         spool::{LaneLeft, Seq, codec::LaneName, store::SpoolStore},
         state::{LaneState, RouteState, StateChange},
     },
@@ -1002,13 +1003,6 @@ async fn receive(
 ) -> usize {
     match lane {
         Some(lane) => lane.recv_many(into, TURN).await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn pending<T>(work: &mut Option<BoxFuture<'static, T>>) -> T {
-    match work {
-        Some(work) => work.await,
         None => std::future::pending().await,
     }
 }
