@@ -140,6 +140,15 @@ async fn empty(hub: &MessagingHub) {
     .await;
 }
 
+/// Closed, it leaves no spooled message anywhere.
+async fn leaves_nothing(system: MessagingSystem) {
+    let report = system.close().await;
+    assert_eq!(
+        (report.left_in_memory_spool, report.left_in_journal),
+        (0, 0)
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_07_tasks_of_an_outage_reach_everybody_and_outlive_a_close() {
     let mut rabbit = need!(Rabbit::start(RabbitVersion::V4).await);
@@ -199,11 +208,7 @@ async fn fault_07_tasks_of_an_outage_reach_everybody_and_outlive_a_close() {
     drop(begun_away);
     drop(at_the_primary);
     other.close().await.unwrap();
-    let report = system.close().await;
-    assert_eq!(
-        (report.left_in_memory_spool, report.left_in_journal),
-        (0, 0)
-    );
+    leaves_nothing(system).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -256,11 +261,7 @@ async fn fault_07_events_of_an_outage_reach_everybody_and_outlive_a_close() {
     drop(begun_away);
     drop(at_the_primary);
     other.close().await.unwrap();
-    let report = system.close().await;
-    assert_eq!(
-        (report.left_in_memory_spool, report.left_in_journal),
-        (0, 0)
-    );
+    leaves_nothing(system).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
