@@ -8,7 +8,7 @@ use super::BrokerType;
 use crate::{
     error::{Error, ErrorCode, Result},
     message::{
-        Message,
+        Message, Timestamp,
         wire::{Failure, Marks},
     },
     topic::Topic,
@@ -25,6 +25,18 @@ pub struct Received {
     pub marks: Arc<Marks>,
     /// Who delivered it.
     pub via: BrokerType,
+}
+
+impl Received {
+    /// Whether it expired before it could be handled. What lies among the dead
+    /// letters is kept, however old it is.
+    #[must_use]
+    pub fn is_too_late(&self, now: Timestamp) -> bool {
+        let failure = self.marks.failure.as_ref();
+        // A retry goes back to where it failed.
+        let is_letter = failure.is_some_and(|f| f.original_topic != self.topic.as_str());
+        !is_letter && self.message.is_expired(now)
+    }
 }
 
 impl Deref for Received {

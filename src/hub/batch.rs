@@ -67,7 +67,7 @@ fn admit(
         };
         if !passes {
             delivery.settle_now(Verdict::Ack);
-        } else if delivery.is_expired(Timestamp::now()) {
+        } else if delivery.is_too_late(Timestamp::now()) {
             let failure = Failure::now(
                 "expired",
                 "the message expired before it was handled",

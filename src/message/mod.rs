@@ -299,10 +299,18 @@ impl Message {
         self
     }
 
-    /// Whether it is past its expiration at `now`.
+    /// When it is worth nothing any more: its expiration, or its task's deadline,
+    /// whichever comes first.
+    #[must_use]
+    pub fn expires_at(&self) -> Option<Timestamp> {
+        let deadline = self.task.as_ref().and_then(|task| task.deadline);
+        [self.expiration, deadline].into_iter().flatten().min()
+    }
+
+    /// Whether it is past its expiration, or its task's deadline, at `now`.
     #[must_use]
     pub fn is_expired(&self, now: Timestamp) -> bool {
-        self.expiration.is_some_and(|at| at <= now)
+        self.expires_at().is_some_and(|at| at <= now)
     }
 
     /// Whether a failed attempt leaves another one.

@@ -71,6 +71,10 @@ pub(super) fn copy(received: &Received, replay: &str, target: Topic, source: u64
     };
     // Of another version's hub; what of it we know was taken from it.
     message.headers.retain(|name, _| !wire::is_reserved(name));
+    if let Some(task) = &mut message.task {
+        task.deadline = None;
+        task.scheduled_at = None;
+    }
     Copied {
         target,
         message,

@@ -463,7 +463,7 @@ impl Queue {
             .options
             .message_ttl_ms
             .map(|ms| now + Duration::from_millis(ms));
-        let expires = match (entry.message.expiration, ttl) {
+        let expires = match (expires_at(&entry.message), ttl) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         };
@@ -476,7 +476,7 @@ impl Queue {
 
     fn rest(&mut self, entry: Entry, due: Timestamp) {
         // What expires while it rests is looked at when it expires.
-        let at = entry.message.expiration.map_or(due, |e| e.min(due));
+        let at = entry.message.expires_at().map_or(due, |e| e.min(due));
         let number = self.next_delayed;
         self.next_delayed += 1;
         self.other_bytes += entry.bytes;
@@ -539,6 +539,14 @@ impl Queue {
                 });
             }
         }
+    }
+}
+
+/// When the queue lets go of it. A dead letter is kept, whatever its deadline was.
+fn expires_at(message: &Message) -> Option<Timestamp> {
+    match message.state {
+        MessageState::DeadLettered => message.expiration,
+        _ => message.expires_at(),
     }
 }
 

@@ -69,7 +69,7 @@ impl Attempt {
             return Outcome::Settled;
         }
         let now = Timestamp::now();
-        if self.received.message.is_expired(now) {
+        if self.received.is_too_late(now) {
             let failure = self.failure("expired", "it expired before it could be handled");
             return self.dead_letter(failure, &settings).await;
         }
