@@ -48,6 +48,18 @@ pub(super) fn stream_group(window: &str) -> Option<String> {
 const MAX_LEASE: usize = 1000;
 
 impl MessagingHub {
+    /// Counts a message that a reader without a handler got.
+    #[cfg(feature = "server")]
+    pub(crate) fn count_consumed(&self, message: &crate::message::Message) {
+        let recorder = &self.0.recorder;
+        recorder.messages_consumed.inc();
+        if message.retry_count == 0 {
+            // A retry has rested on purpose.
+            let age = Timestamp::now().since(message.timestamp);
+            recorder.delivery_latency.record(age);
+        }
+    }
+
     /// Subscribes a handler; the pattern's route says whether to queues or to
     /// streams.
     ///

@@ -119,6 +119,7 @@ pub(super) async fn lease(
     let mut deliveries = Vec::with_capacity(taken.len());
     for delivery in taken {
         let message = delivery.received().message.as_ref().clone();
+        app.hub().count_consumed(&message);
         let token = app.leases().grant(&mut room, delivery, lasting)?;
         deliveries.push(Item {
             token,
@@ -252,8 +253,20 @@ async fn settle(
     let delivery = app.leases().take(token)?;
     let verdict = verdict(delivery.received());
     let id = delivery.received().message.id.clone();
+    let recorder = app.hub().recorder();
+    let counter = match &verdict {
+        Verdict::Ack => Some(&recorder.messages_processed),
+        Verdict::Requeue => None,
+        Verdict::Retry { .. } => Some(&recorder.messages_retried),
+        Verdict::DeadLetter { .. } => Some(&recorder.messages_dead_lettered),
+    };
     match delivery.settle(verdict).await {
-        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        Ok(()) => {
+            if let Some(counter) = counter {
+                counter.inc();
+            }
+            Ok(StatusCode::NO_CONTENT)
+        }
         // The connection that delivered it is gone, and the lease with it.
         Err(e) if e.code() == ErrorCode::AckFailed => {
             Err(Problem::gone(e.message()).with_id(id.as_str()))

@@ -40,6 +40,7 @@ use crate::{
     broker::{Consumer, Delivery, OffsetReset, StartFrom, SubscribeOptions},
     config::RouteKind,
     error::{Error, ErrorCode},
+    hub::MessagingHub,
     message::{MessageId, Timestamp},
     topic::Pattern,
 };
@@ -337,7 +338,7 @@ impl Pump {
                 commit = next_commit(&mut self.commits) => self.hand_over(commit),
                 permit = self.frames.clone().reserve_owned(), if !self.waiting.is_empty() => {
                     let Ok(permit) = permit else { break };
-                    let frame = self.frame();
+                    let frame = self.frame(app.hub());
                     permit.send(frame);
                 }
                 batch = consumer.deliveries.recv(), if room => match batch {
@@ -363,13 +364,14 @@ impl Pump {
     }
 
     /// As many waiting deliveries as fit into one frame.
-    fn frame(&mut self) -> Bytes {
+    fn frame(&mut self, hub: &MessagingHub) -> Bytes {
         let mut out = BytesMut::new();
         while out.len() < FRAME_BYTES
             && let Some(delivery) = self.waiting.pop_front()
         {
             self.cursor.given += 1;
             let received = delivery.received();
+            hub.count_consumed(received);
             if let (Some(partition), Some(offset)) = (received.partition, received.offset)
                 && self.primaries.is(&received.topic, received.via)
             {
