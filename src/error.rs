@@ -129,6 +129,8 @@ codes! {
     ReplayLimit = "REPLAY_LIMIT", true;
     /// There is a replay of this id.
     ReplayExists = "REPLAY_EXISTS", false;
+    /// Nothing of this id is scheduled.
+    ScheduleNotFound = "SCHEDULE_NOT_FOUND", false;
     /// There is no replay of this id (any more).
     ReplayNotFound = "REPLAY_NOT_FOUND", false;
     /// An operation took longer than it was given.

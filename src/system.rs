@@ -161,6 +161,16 @@ impl MessagingSystem {
                          the hub is started as before, or another adopts them");
                 }
             }
+            if fallback || alone {
+                self.hub.keep_schedule_in(dir).await?;
+            } else {
+                let left = MessagingHub::schedule_left_in(dir).await?;
+                if left > 0 {
+                    tracing::error!(messages = left, folder = %dir.display(),
+                        "the data folder holds scheduled messages that this configuration does not \
+                         publish: the fallback is off; they stay there");
+                }
+            }
         }
         #[cfg(not(feature = "journal"))]
         if self.config.journal_dir().is_some() {

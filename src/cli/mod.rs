@@ -10,6 +10,7 @@ mod data;
 mod dlq;
 mod publish;
 mod replay;
+mod schedule;
 mod serve;
 mod spool;
 mod sse;
@@ -107,6 +108,9 @@ enum Command {
     /// Publish again what streams have of a stretch of time.
     #[command(subcommand)]
     Replay(replay::Replay),
+    /// Look at what waits for its time, and call it off.
+    #[command(subcommand)]
+    Schedule(schedule::Schedule),
     /// Look at dead letters, publish them again, give them up.
     #[command(subcommand)]
     Dlq(dlq::Dlq),
@@ -130,6 +134,7 @@ impl Cli {
             Command::State(state) => state.run(&target).await,
             Command::Spool(spool) => spool.run(&target).await,
             Command::Replay(replay) => replay.run(&target).await,
+            Command::Schedule(schedule) => schedule.run(&target).await,
             Command::Dlq(dlq) => dlq.run(&target).await,
             Command::Topology(topology) => topology.run(&target).await,
             Command::Config(config) => config.run(&target),

@@ -1,6 +1,6 @@
 //! `publish`: one message, or a stream of envelopes.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use clap::Args;
@@ -11,7 +11,10 @@ use tokio::io::AsyncReadExt;
 use tokio_util::io::ReaderStream;
 
 use super::{Failure, Target, client::Client, say};
-use crate::gateway::http::lines::{Line, Lines};
+use crate::{
+    Timestamp, duration,
+    gateway::http::lines::{Line, Lines},
+};
 
 /// Publish a message. The payload is --payload, --file, or what stdin brings.
 #[derive(Debug, Args)]
@@ -45,6 +48,12 @@ pub(super) struct Publish {
     /// When it stops being worth handling, as an RFC 3339 time.
     #[arg(long, value_name = "TIME")]
     expiration: Option<String>,
+    /// Hand it out at this time, and not before (RFC 3339).
+    #[arg(long, value_name = "TIME", value_parser = time, conflicts_with = "delay")]
+    at: Option<Timestamp>,
+    /// Hand it out after this long, such as 30s, and not before.
+    #[arg(long, value_name = "DURATION", value_parser = delay)]
+    delay: Option<Duration>,
     /// Links a reply to its request.
     #[arg(long, value_name = "ID")]
     correlation_id: Option<String>,
@@ -52,7 +61,7 @@ pub(super) struct Publish {
     #[arg(long, value_name = "TOPIC")]
     reply_to: Option<String>,
     /// Read envelopes, one on each line; answer each with a line of JSON.
-    #[arg(long, conflicts_with_all = ["payload", "kind", "key", "headers", "priority", "id", "content_type", "expiration", "correlation_id", "reply_to"])]
+    #[arg(long, conflicts_with_all = ["payload", "kind", "key", "headers", "priority", "id", "content_type", "expiration", "at", "delay", "correlation_id", "reply_to"])]
     ndjson: bool,
 }
 
@@ -104,6 +113,10 @@ impl Publish {
             if let Some(value) = value {
                 envelope.insert(name.into(), json!(value));
             }
+        }
+        let delayed = self.delay.map(|delay| Timestamp::now() + delay);
+        if let Some(at) = self.at.or(delayed) {
+            envelope.insert("task".into(), json!({ "scheduled_at": at }));
         }
         if let Some(priority) = &self.priority {
             let value = priority
@@ -193,6 +206,15 @@ fn header(text: &str) -> Result<(String, String), String> {
         .filter(|(name, _)| !name.is_empty())
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .ok_or_else(|| "write name=value".to_owned())
+}
+
+fn time(word: &str) -> Result<Timestamp, String> {
+    word.parse()
+        .map_err(|_| "write a time such as 2026-01-31T12:00:00Z".to_owned())
+}
+
+fn delay(word: &str) -> Result<Duration, String> {
+    duration::parse(word).map_err(|e| e.message().to_owned())
 }
 
 /// Bytes of one answer.

@@ -36,6 +36,8 @@ pub struct HubSettings {
     pub suspect_timeout: Duration,
     /// Room for what the primary could not take.
     pub spool: SpoolSettings,
+    /// Room for messages that wait for their time.
+    pub schedule: ScheduleSettings,
     /// For how long, and for how many ids, a repeated publish of the caller's
     /// own id is answered and not sent. Default 10 min, 1,000,000.
     pub intake_window: WindowSettings,
@@ -45,6 +47,10 @@ pub struct HubSettings {
     pub dedup_window: WindowSettings,
     /// How often and when a failed message is tried again.
     pub retry: RetrySettings,
+    /// The share of messages, 0 to 1, that may end among the dead letters within
+    /// ten minutes before that is an alarm: logged, and `messaging_dlq_alarm`.
+    /// Default 0.001. 0: never.
+    pub dead_letter_alarm: Share,
     /// What the hub compresses on the way to RabbitMQ and the embedded broker.
     pub compression: CompressionSettings,
     /// How long shutdown may take. Default 30 s.
@@ -98,6 +104,25 @@ pub struct SpoolSettings {
     /// below what is published of spooled keys, the spool grows until it is full.
     pub drain_rate: u32,
 }
+
+/// Room for messages whose `scheduled_at` lies in the future.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScheduleSettings {
+    /// Messages at most. Default 1,000,000. Cost: about 500 bytes of memory each;
+    /// where there is a data folder, payloads are on the disk only.
+    pub max_messages: u64,
+    /// Bytes of payload and headers at most. Default 512 MiB (536870912).
+    pub max_bytes: u64,
+}
+
+/// A part of a whole, 0 to 1.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Share(pub f64);
+
+/// What is no number is refused before anybody compares it.
+impl Eq for Share {}
 
 /// A window of remembered ids.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -267,6 +292,7 @@ impl Default for HubSettings {
             hedge: HedgeSettings::default(),
             suspect_timeout: Duration::from_secs(10),
             spool: SpoolSettings::default(),
+            schedule: ScheduleSettings::default(),
             intake_window: WindowSettings {
                 age: Duration::from_secs(600),
                 ids: 1_000_000,
@@ -276,6 +302,7 @@ impl Default for HubSettings {
                 ids: 1_000_000,
             },
             retry: RetrySettings::default(),
+            dead_letter_alarm: Share(0.001),
             compression: CompressionSettings::default(),
             shutdown_grace: Duration::from_secs(30),
             auto_declare: None,
@@ -309,6 +336,15 @@ impl Default for SpoolSettings {
             max_bytes: 512 * 1024 * 1024,
             wait: Duration::from_secs(5),
             drain_rate: 0,
+        }
+    }
+}
+
+impl Default for ScheduleSettings {
+    fn default() -> Self {
+        Self {
+            max_messages: 1_000_000,
+            max_bytes: 512 * 1024 * 1024,
         }
     }
 }

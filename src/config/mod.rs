@@ -32,7 +32,8 @@ use crate::{
 
 pub use hub::{
     BreakerSettings, CanarySettings, CompressionSettings, DuringOutage, HedgeSettings, HubSettings,
-    RetrySettings, RouteKind, RouteSettings, SpoolSettings, WindowSettings,
+    RetrySettings, RouteKind, RouteSettings, ScheduleSettings, Share, SpoolSettings,
+    WindowSettings,
 };
 pub use settings::{FallbackKind, FallbackSettings, LogConfig, LogFormat, ServerConfig};
 pub use validate::Problem;

@@ -137,6 +137,13 @@ impl Capabilities {
         })
     }
 
+    /// With one more.
+    #[must_use]
+    pub fn with(mut self, capability: Capability) -> Self {
+        self.0.insert(capability);
+        self
+    }
+
     /// Without one of them.
     #[must_use]
     pub fn without(mut self, capability: Capability) -> Self {

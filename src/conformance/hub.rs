@@ -73,7 +73,8 @@ impl Factory for HubFactory {
     }
 
     fn capabilities(&self) -> Capabilities {
-        let all = self.over.capabilities();
+        // What waits for its time waits in the hub, whatever its broker can.
+        let all = self.over.capabilities().with(Capability::Delay);
         let lacking = self.without.iter().copied();
         lacking.fold(all, Capabilities::without)
     }

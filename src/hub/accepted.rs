@@ -86,6 +86,11 @@ impl Accepted {
         )
     }
 
+    /// Forgets what became of an id, because it was called off.
+    pub(super) fn forget(&self, topic: &Topic, id: &MessageId) {
+        lock(&self.window).forget(topic, id);
+    }
+
     /// Publishes of an id that had been accepted already.
     pub(super) fn joined(&self) -> u64 {
         lock(&self.window).counts().repeats

@@ -10,11 +10,8 @@ use serde::Serialize;
 use super::{
     MessagingHub,
     keep::blocking,
-    lane::{
-        keeper::{Keeper, Loaded},
-        task::{Item, Waiter},
-    },
-    publisher::{Pending, State},
+    lane::keeper::{Keeper, Loaded},
+    publisher::Pending,
     spool::{
         Entry, LaneLeft, Seq,
         codec::LaneName,
@@ -22,7 +19,7 @@ use super::{
     },
 };
 use crate::{
-    broker::{Outcome, PublishOptions},
+    broker::Outcome,
     error::{Error, ErrorCode, Result},
     message::Timestamp,
 };
@@ -39,7 +36,7 @@ pub struct Adopted {
     pub reason: Option<String>,
 }
 
-fn in_memory() -> Error {
+pub(super) fn in_memory() -> Error {
     Error::rejected(
         ErrorCode::InvalidConfig,
         "this hub's own spool is in memory now, where the messages would be less safe; start it with --data, or look at its disk",
@@ -82,6 +79,12 @@ impl MessagingHub {
         }
         let closing = log.clone();
         blocking(move || closing.close()).await?;
+        if self.schedule_is_kept() {
+            let scheduled = self.adopt_schedule(dir).await?;
+            adopted.moved += scheduled.moved;
+            adopted.left += scheduled.left;
+            adopted.reason = adopted.reason.or(scheduled.reason);
+        }
         tracing::warn!(folder = %dir.display(), moved = adopted.moved, left = adopted.left,
             "adopted the spool of another hub");
         Ok(adopted)
@@ -126,7 +129,7 @@ impl MessagingHub {
             }
             for (seq, entry) in entries {
                 let persistent = entry.message.is_persistent();
-                match self.enqueue_kept(&name, entry).await {
+                match self.enqueue_adopted(&name, entry).await {
                     Ok(pending) => under_way.push_back((seq, persistent, pending)),
                     Err(error) => {
                         failed(error, adopted);
@@ -165,28 +168,9 @@ impl MessagingHub {
         adopted.left += left;
     }
 
-    /// Publishes a message that another hub had accepted: nothing is checked
-    /// again, and it passes the window of accepted ids.
-    async fn enqueue_kept(&self, name: &LaneName, entry: Entry) -> Result<Pending> {
+    async fn enqueue_adopted(&self, name: &LaneName, mut entry: Entry) -> Result<Pending> {
         let resolved = self.entry(&name.topic)?;
-        let since = tokio::time::Instant::now().into_std();
-        let (answer, rx) = tokio::sync::oneshot::channel();
-        let mut marks = entry.marks;
-        marks.possible_duplicate = true;
-        let (_, permit) = self.room(resolved, name).await?;
-        permit.send(Item {
-            order: entry.order,
-            confirm: true,
-            deadline: since + PublishOptions::default().timeout,
-            marks,
-            waiter: Waiter {
-                id: entry.message.id.clone(),
-                since,
-                answer,
-                seen: None,
-            },
-            message: entry.message,
-        });
-        Ok(Pending(State::Waiting(rx)))
+        entry.marks.possible_duplicate = true;
+        self.enqueue_kept(resolved, name, entry).await
     }
 }

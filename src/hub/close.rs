@@ -14,6 +14,9 @@ pub struct CloseReport {
     pub left_in_memory_spool: u64,
     /// Accepted messages that are on the disk for the next process.
     pub left_in_journal: u64,
+    /// Scheduled messages that wait in the data folder for the next process. Those
+    /// that are in memory only count as left in the memory spool.
+    pub scheduled: u64,
     /// Subscriptions whose handlers outlived the grace period; their messages
     /// were given back.
     pub handlers_given_up: u64,
@@ -64,7 +67,13 @@ impl MessagingHub {
                 report.handlers_given_up += 1;
             }
         }
-        // Handlers may publish until they have ended; from here nobody may.
+        // Handlers may publish until they have ended; from here nobody may. What is
+        // scheduled and under way needs its lanes until it is there.
+        let scheduled = self
+            .stop_scheduler(start + grace.mul_f64(HANDLERS_SHARE + REPLAYS_SHARE))
+            .await;
+        report.left_in_memory_spool += scheduled.in_memory;
+        report.scheduled = scheduled.kept;
         self.0.closing.cancel();
         let lanes: Vec<_> = lock(&self.0.lanes).values().cloned().collect();
         for lane in &lanes {
@@ -103,7 +112,12 @@ impl MessagingHub {
         self.close_memory(start + grace.max(CLOSE_SLACK)).await;
         // The dead letters' task was the last that lets go of spooled messages.
         #[cfg(feature = "journal")]
-        if tokio::time::timeout_at(start + grace.max(CLOSE_SLACK), self.close_spool())
+        let closing = async {
+            self.close_spool().await;
+            self.close_schedule().await;
+        };
+        #[cfg(feature = "journal")]
+        if tokio::time::timeout_at(start + grace.max(CLOSE_SLACK), closing)
             .await
             .is_err()
         {
@@ -120,10 +134,16 @@ impl MessagingHub {
                 "spooled messages stay in the data folder; the next start goes on with them"
             );
         }
+        if report.scheduled > 0 {
+            tracing::info!(
+                messages = report.scheduled,
+                "scheduled messages stay in the data folder; the next start goes on with them"
+            );
+        }
         if report.left_in_memory_spool > 0 {
             tracing::error!(
                 messages = report.left_in_memory_spool,
-                "accepted messages were left in the memory spool and are lost with this process"
+                "accepted messages were left in memory, spooled or scheduled, and are lost with this process"
             );
         }
         report

@@ -180,6 +180,16 @@ impl<O: Clone, J> IntakeWindow<O, J> {
         }
     }
 
+    /// Forgets the outcome of an id: it may be accepted anew.
+    pub(crate) fn forget(&mut self, topic: &Topic, id: &MessageId) {
+        let id = self.hasher.hash(topic.as_str(), id.as_str());
+        if matches!(self.entries.get(&id), Some(Entry::Done(_))) {
+            self.entries.remove(&id);
+            // Its place in the order would otherwise end a later outcome early.
+            self.order.retain(|(_, other)| *other != id);
+        }
+    }
+
     /// What it has seen.
     pub(crate) fn counts(&self) -> IntakeCounts {
         self.counts

@@ -29,10 +29,10 @@ pub struct SpoolFound {
 
 /// Disk for each byte that the spool may hold: records that are done stay until
 /// their segment is.
-const DISK_FACTOR: u64 = 2;
+pub(super) const DISK_FACTOR: u64 = 2;
 
 /// Disk beyond that, for segments that are made ahead and for removals.
-const DISK_EXTRA: u64 = 256 * 1024 * 1024;
+pub(super) const DISK_EXTRA: u64 = 256 * 1024 * 1024;
 
 impl MessagingHub {
     /// Keeps what is spooled in a data folder, and takes up what an earlier

@@ -28,6 +28,10 @@ pub struct HubMetrics {
     /// Handled ids that a window has and the data folder, where there is one, has
     /// not: after a restart their messages may be handed out again.
     pub handled_unkept: u64,
+    /// How many of the messages ended among the dead letters lately.
+    pub dead_letters: super::DeadLetterRate,
+    /// Messages that wait for their time.
+    pub scheduled: u64,
     /// Lanes that are open.
     pub lanes: u64,
 }
@@ -52,6 +56,8 @@ impl MessagingHub {
             handled_unkept: self.unkept_ids(),
             #[cfg(not(feature = "journal"))]
             handled_unkept: 0,
+            dead_letters: self.dead_letter_rate(),
+            scheduled: self.scheduled().0,
             lanes: lock(&self.0.lanes).len() as u64,
         }
     }

@@ -18,6 +18,7 @@ mod consume;
 mod controls;
 mod dead;
 mod dead_letters;
+mod dead_rate;
 #[cfg_attr(
     not(feature = "journal"),
     allow(dead_code, reason = "only the journal brings windows back")
@@ -44,6 +45,7 @@ mod publisher;
 mod remember;
 mod replay;
 pub mod route;
+pub mod schedule;
 #[cfg(test)]
 mod simulation;
 mod span;
@@ -101,10 +103,12 @@ pub use crate::config::HubSettings as HubConfig;
 #[cfg(feature = "journal")]
 pub use adopt::Adopted;
 pub use close::CloseReport;
+pub use dead_rate::DeadLetterRate;
 #[cfg(feature = "journal")]
 pub use keep::SpoolFound;
 pub use metrics::HubMetrics;
 pub use publisher::{Pending, Publisher};
+pub use schedule::TaskScheduler;
 
 /// One API over all brokers. Clones are the same hub.
 #[derive(Clone)]
@@ -131,6 +135,8 @@ struct Inner {
     dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
     /// What is remembered of dead letters between two looks.
     desk: Arc<Desk>,
+    /// How many of the messages end there lately.
+    dead_rate: Mutex<dead_rate::DeadRate>,
     accepted: Arc<Accepted>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     readers: Arc<watch::Sender<Readers>>,
@@ -144,6 +150,11 @@ struct Inner {
     drain_rates: Mutex<metrics::DrainRates>,
     subscriptions: Mutex<Vec<Running>>,
     replays: Mutex<Registry>,
+    /// What waits for its time; none before the first.
+    schedule: Mutex<Option<schedule::Scheduler>>,
+    /// Where that is kept; none: in memory.
+    #[cfg(feature = "journal")]
+    schedule_log: Mutex<Option<Arc<spool::journal::SpoolLog>>>,
     weakened: Mutex<Vec<Weakness>>,
     tasks: TaskTracker,
     closing: CancellationToken,
@@ -224,6 +235,7 @@ impl MessagingHub {
             memory: Mutex::default(),
             dead: Mutex::default(),
             desk: Arc::default(),
+            dead_rate: Mutex::default(),
             accepted,
             groups: Mutex::default(),
             readers: Arc::new(watch::channel(Readers::default()).0),
@@ -235,6 +247,9 @@ impl MessagingHub {
             drain_rates: Mutex::default(),
             subscriptions: Mutex::default(),
             replays: Mutex::default(),
+            schedule: Mutex::default(),
+            #[cfg(feature = "journal")]
+            schedule_log: Mutex::default(),
             weakened: Mutex::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
@@ -291,6 +306,7 @@ impl MessagingHub {
         // Lanes to a broker that was replaced end once what they hold is moved.
         lock(&self.0.lanes).clear();
         self.watch_health();
+        self.watch_dead_letters();
         self.fly_canaries();
     }
 

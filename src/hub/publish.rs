@@ -17,7 +17,7 @@ use tokio::sync::{
 
 use super::{
     MessagingHub,
-    accepted::Offer,
+    accepted::{Offer, Seen},
     found::Found,
     lane::{
         machine::Settings,
@@ -26,7 +26,8 @@ use super::{
     local_of, lock,
     publisher::{Pending, Publisher, State},
     route::{Route, RouteKind},
-    spool::{LaneLeft, codec::LaneName},
+    schedule,
+    spool::{ENTRY_OVERHEAD, Entry, LaneLeft, codec::LaneName},
 };
 use crate::{
     broker::{
@@ -248,10 +249,13 @@ impl MessagingHub {
         if let Some(algorithm) = packed {
             message.headers.insert(COMPRESSED.to_owned(), algorithm);
         }
-        if message.expiration.is_some() && message.is_expired(Timestamp::now()) {
+        if message
+            .expires_at()
+            .is_some_and(|at| at <= Timestamp::now())
+        {
             return Err(Error::rejected(
                 ErrorCode::MessageExpired,
-                "the message's expiration has passed already",
+                "the message's expiration, or its deadline, has passed already",
             )
             .on(topic.as_str())
             .with_id(message.id.as_str()));
@@ -265,19 +269,15 @@ impl MessagingHub {
             .on(topic.as_str())
             .with_id(message.id.as_str()));
         }
-        let scheduled = message.task.as_ref().and_then(|t| t.scheduled_at);
-        if scheduled.is_some_and(|at| at > Timestamp::now())
-            && entry.broker.broker_type() != BrokerType::InMemory
-        {
-            return Err(Error::rejected(
-                ErrorCode::InvalidConfig,
-                format!(
-                    "scheduled_at lies in the future, and {} hands out at once; leave it out or publish later",
-                    entry.broker.broker_type()
-                ),
-            )
-            .on(topic.as_str())
-            .with_id(message.id.as_str()));
+        let due = message
+            .task
+            .as_ref()
+            .and_then(|t| t.scheduled_at)
+            .filter(|at| *at > Timestamp::now());
+        if due.is_some() && !self.can_schedule() {
+            return Err(schedule::no_fallback()
+                .on(topic.as_str())
+                .with_id(message.id.as_str()));
         }
         let compression = self.compression(&entry, options)?;
         self.compress(&mut message, compression.hub).await;
@@ -294,16 +294,25 @@ impl MessagingHub {
             Some(key) => OrderKey::Key(key.clone()),
             None => OrderKey::Publisher(publisher),
         };
+        if let Some(due) = due {
+            return self
+                .keep_for_later(
+                    &entry,
+                    message,
+                    order,
+                    due,
+                    (options, compression.broker),
+                    marks,
+                    seen,
+                )
+                .await;
+        }
         let lanes = self.lane_count(&entry).await;
         let lane = entry
             .broker
             .lane_of(topic, &order, message.partition, lanes);
         let (answer, rx) = oneshot::channel();
-        self.0.recorder.messages_published.inc();
-        self.0
-            .recorder
-            .bytes_published
-            .add(message.payload.len() as u64);
+        self.count_published(&message);
         let item = Item {
             order,
             confirm: options.confirm && entry.broker.confirms(),
@@ -343,6 +352,69 @@ impl MessagingHub {
             found.keep_lane(&entry, lane, &handle);
         }
         Ok(Pending(State::Waiting(rx)))
+    }
+
+    /// Hands a message that is not due to the scheduler.
+    #[allow(clippy::too_many_arguments, reason = "all that its publish needs")]
+    async fn keep_for_later(
+        &self,
+        entry: &TopicEntry,
+        message: Message,
+        order: OrderKey,
+        due: Timestamp,
+        (options, compression): (&PublishOptions, Option<Compression>),
+        marks: Marks,
+        seen: Option<Seen>,
+    ) -> Result<Pending> {
+        self.count_published(&message);
+        let held = Entry {
+            size: message.size() + ENTRY_OVERHEAD,
+            message: Arc::new(message),
+            order,
+            marks,
+            confirm: options.confirm && entry.broker.confirms(),
+            since: Timestamp::now(),
+            due: Some(due),
+        };
+        // Which lane is asked when the time has come.
+        let name = lane_name(&entry.topic, 0, options, compression);
+        self.schedule(entry, name, held, due, options.timeout, seen)
+            .await
+    }
+
+    /// Publishes a message that was accepted before: nothing is checked again, and
+    /// it passes the window of accepted ids.
+    pub(super) async fn enqueue_kept(
+        &self,
+        resolved: Arc<TopicEntry>,
+        name: &LaneName,
+        kept: Entry,
+    ) -> Result<Pending> {
+        let since = tokio::time::Instant::now().into_std();
+        let (answer, rx) = oneshot::channel();
+        let (_, permit) = self.room(resolved, name).await?;
+        permit.send(Item {
+            order: kept.order,
+            confirm: kept.confirm,
+            deadline: since + PublishOptions::default().timeout,
+            marks: kept.marks,
+            waiter: Waiter {
+                id: kept.message.id.clone(),
+                since,
+                answer,
+                seen: None,
+            },
+            message: kept.message,
+        });
+        Ok(Pending(State::Waiting(rx)))
+    }
+
+    fn count_published(&self, message: &Message) {
+        self.0.recorder.messages_published.inc();
+        self.0
+            .recorder
+            .bytes_published
+            .add(message.payload.len() as u64);
     }
 
     /// Waits for room in front of a lane.
@@ -416,7 +488,7 @@ impl MessagingHub {
         Ok(entry)
     }
 
-    async fn lane_count(&self, entry: &TopicEntry) -> u32 {
+    pub(super) async fn lane_count(&self, entry: &TopicEntry) -> u32 {
         *entry
             .lanes
             .get_or_init(|| async {

@@ -108,6 +108,7 @@ impl MessagingConfig {
         for (value, path) in [
             (u64::from(hub.breaker.threshold), "hub.breaker.threshold"),
             (hub.spool.max_messages, "hub.spool.max_messages"),
+            (hub.schedule.max_messages, "hub.schedule.max_messages"),
             (hub.intake_window.ids, "hub.intake_window.ids"),
             (hub.dedup_window.ids, "hub.dedup_window.ids"),
         ] {
@@ -115,8 +116,17 @@ impl MessagingConfig {
                 found.add(path, "must be 1 or more");
             }
         }
+        if !(0.0..=1.0).contains(&hub.dead_letter_alarm.0) {
+            found.add("hub.dead_letter_alarm", "must be from 0 to 1; 0 is never");
+        }
         if let Some(why) = unusable(hub.compression.algorithm) {
             found.add("hub.compression.algorithm", why);
+        }
+        if hub.schedule.max_bytes < self.max_message_bytes {
+            found.add(
+                "hub.schedule.max_bytes",
+                "must not be below max_message_bytes, or a message may never fit",
+            );
         }
         if hub.spool.max_bytes < self.max_message_bytes {
             found.add(

@@ -14,20 +14,46 @@ use crate::{error::Error, message::Message};
 /// knows them and checks that.
 pub(super) fn parse(json: &[u8], topic: &str) -> Result<Message, Problem> {
     let mut message: Message = serde_json::from_slice(json)
-        .or_else(|e| without_spool(json).unwrap_or(Err(e)))
+        .or_else(|e| rearranged(json).unwrap_or(Err(e)))
         .map_err(|e| Problem::invalid(format!("the envelope is not a message: {e}")).on(topic))?;
     message.redelivered = false;
     message.offset = None;
     lower_case_headers(message).map_err(|e| Problem::from(e).on(topic))
 }
 
-/// A message that was exported, without the notes of the spool; none when it
-/// has no such notes.
-fn without_spool(json: &[u8]) -> Option<Result<Message, serde_json::Error>> {
+/// What only tasks have. Who writes a task by hand writes it beside the rest.
+const TASK_FIELDS: [&str; 7] = [
+    "deadline",
+    "scheduled_at",
+    "started_at",
+    "completed_at",
+    "worker_id",
+    "parent_task_id",
+    "metadata",
+];
+
+/// A message that was exported, without the notes of the spool, or a task with its
+/// own fields beside the others; none when it is neither.
+fn rearranged(json: &[u8]) -> Option<Result<Message, serde_json::Error>> {
     let mut fields: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(json).ok()?;
-    fields.remove("spool")?;
-    Some(serde_json::from_value(fields.into()))
+    let mut changed = fields.remove("spool").is_some();
+    for name in TASK_FIELDS {
+        let Some(value) = fields.remove(name) else {
+            continue;
+        };
+        changed = true;
+        let task = fields
+            .entry("task")
+            .or_insert_with(|| serde_json::Value::Object(serde_json::Map::new()));
+        let twice = task.as_object_mut()?.insert(name.to_owned(), value);
+        if twice.is_some() {
+            return Some(Err(serde::de::Error::custom(format!(
+                "{name} stands in it and in its task; say it once"
+            ))));
+        }
+    }
+    changed.then(|| serde_json::from_value(fields.into()))
 }
 
 /// Splits an array into its elements, unparsed, so that one bad element costs
@@ -101,6 +127,28 @@ mod tests {
         assert_eq!((m.id.as_str(), &m.payload[..]), ("e1", &b"hi"[..]));
         let wrong = parse(br#"{"paylod":"","spool":{}}"#, "t").unwrap_err();
         assert!(wrong.to_string().contains("paylod"), "{wrong}");
+    }
+
+    #[test]
+    fn a_task_may_have_its_fields_beside_the_others() {
+        let at = "2100-01-01T00:00:00Z";
+        let m = parse(
+            br#"{"type":"t","scheduled_at":"2100-01-01T00:00:00Z","metadata":{"a":"b"},"task":{"worker_id":"w"}}"#,
+            "t",
+        )
+        .unwrap();
+        let task = m.task.unwrap();
+        assert_eq!(task.scheduled_at, Some(at.parse().unwrap()));
+        assert_eq!(
+            (task.metadata["a"].as_str(), task.worker_id.as_deref()),
+            ("b", Some("w"))
+        );
+        let wrong = parse(
+            br#"{"deadline":"2100-01-01T00:00:00Z","task":{"deadline":"2100-01-01T00:00:00Z"}}"#,
+            "t",
+        )
+        .unwrap_err();
+        assert!(wrong.to_string().contains("say it once"), "{wrong}");
     }
 
     #[test]

@@ -48,6 +48,25 @@ pub(super) async fn prometheus(State(app): State<App>) -> Response {
             &[],
             [(vec![], app.hub().active_replays() as f64)],
         )?;
+        let rate = app.hub().dead_letter_rate();
+        page.gauges(
+            "messaging_dlq_rate",
+            "Dead letters of the last ten minutes for each message handed out in them",
+            &[],
+            [(vec![], rate.rate)],
+        )?;
+        page.gauges(
+            "messaging_dlq_alarm",
+            "1 while messaging_dlq_rate is at hub.dead_letter_alarm or above",
+            &[],
+            [(vec![], f64::from(u8::from(rate.alarm)))],
+        )?;
+        page.gauges(
+            "messaging_scheduled_messages",
+            "Messages that wait for their time",
+            &[],
+            [(vec![], app.hub().scheduled().0 as f64)],
+        )?;
         page.gauges(
             "messaging_leases",
             "Deliveries leased over HTTP",

@@ -30,6 +30,7 @@ mod publish;
 mod raw;
 mod replays;
 mod router;
+mod scheduled;
 mod server;
 mod spool;
 mod state;

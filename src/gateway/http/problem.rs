@@ -207,6 +207,7 @@ fn describe(code: ErrorCode) -> (StatusCode, &'static str) {
             StatusCode::CONFLICT,
             "It could not be made, or exists with other settings",
         ),
+        C::ScheduleNotFound => (StatusCode::NOT_FOUND, "Nothing of this id is scheduled"),
         C::ReplayNotFound => (StatusCode::NOT_FOUND, "There is no such replay"),
         C::ReplayExists => (StatusCode::CONFLICT, "There is a replay of this id"),
         C::ReplayLimit => (StatusCode::TOO_MANY_REQUESTS, "Too many replays are active"),

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::{cloudevents, problem::Problem};
 use crate::{
     error::Error,
-    message::{DeliveryMode, Message, MessageId, Timestamp},
+    message::{DeliveryMode, Message, MessageId, TaskAttributes, Timestamp},
 };
 
 /// The order domain of a request; no part of the message.
@@ -80,6 +80,8 @@ fn set(message: &mut Message, field: &str, value: String) -> Result<(), Error> {
         "key" => message.key = Some(value.into()),
         "priority" => message.priority = value.parse()?,
         "expiration" => message.expiration = Some(expiration(&value, Timestamp::now())?),
+        "scheduled-at" => task(message).scheduled_at = Some(expiration(&value, Timestamp::now())?),
+        "deadline" => task(message).deadline = Some(expiration(&value, Timestamp::now())?),
         "timestamp" => message.timestamp = value.parse()?,
         "correlation-id" => message.correlation_id = Some(value),
         "reply-to" => message.reply_to = Some(value),
@@ -107,6 +109,11 @@ fn set(message: &mut Message, field: &str, value: String) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// What makes a task of a message.
+fn task(message: &mut Message) -> &mut TaskAttributes {
+    message.task.get_or_insert_default()
 }
 
 /// An RFC 3339 time, milliseconds since the epoch as in the JSON form, or a

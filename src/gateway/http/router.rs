@@ -10,8 +10,8 @@ use axum::{
 };
 
 use super::{
-    App, commit, dead_letters, guard, lease, metrics, problem::Problem, publish, replays, spool,
-    state, stream,
+    App, commit, dead_letters, guard, lease, metrics, problem::Problem, publish, replays,
+    scheduled, spool, state, stream,
 };
 
 /// Every path, behind the guard.
@@ -34,6 +34,11 @@ pub(super) fn router(app: &App) -> Router {
         .route("/v1/replays", get(replays::list).post(replays::start))
         .route("/v1/replays/{id}", get(replays::one))
         .route("/v1/replays/{id}/cancel", post(replays::cancel))
+        .route("/v1/scheduled", get(scheduled::list))
+        .route(
+            "/v1/scheduled/{topic}/{id}",
+            get(scheduled::one).delete(scheduled::cancel),
+        )
         .route("/v1/dead-letters", get(dead_letters::list))
         .route(
             "/v1/dead-letters/reprocess",

@@ -54,6 +54,22 @@ impl SpoolLog {
     /// The folder cannot be used, or what is in it cannot be read: nothing is
     /// dropped silently.
     pub(crate) fn open(dir: &Path, max_bytes: u64, wanted: Wanted) -> Result<(Self, Left)> {
+        let mut left = Left::default();
+        let log = Self::open_each(dir, max_bytes, |id, kept| {
+            note(&mut left, id, kept, wanted);
+        })?;
+        Ok((log, left))
+    }
+
+    /// As [`SpoolLog::open`], and shows each record.
+    ///
+    /// # Errors
+    /// As [`SpoolLog::open`].
+    pub(crate) fn open_each(
+        dir: &Path,
+        max_bytes: u64,
+        mut each: impl FnMut(KeptId, codec::Kept),
+    ) -> Result<Self> {
         let options = JournalOptions {
             max_bytes,
             // All lanes of a broker that stalls file their windows at once.
@@ -61,11 +77,10 @@ impl SpoolLog {
             ..JournalOptions::default()
         };
         let opened = Journal::open(dir, options).map_err(|e| wrong(&e))?;
-        let mut left = Left::default();
         let mut unreadable = None;
         let journal = opened
             .recover(|id, body| match codec::decode(&body) {
-                Ok(kept) => note(&mut left, id, kept, wanted),
+                Ok(kept) => each(id, kept),
                 Err(error) => {
                     unreadable.get_or_insert(error);
                 }
@@ -74,7 +89,7 @@ impl SpoolLog {
         if let Some(error) = unreadable {
             return Err(error.on(dir.display().to_string()));
         }
-        Ok((Self(journal), left))
+        Ok(Self(journal))
     }
 
     /// As [`SpoolLog::open`], but only what is there already.
