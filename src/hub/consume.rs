@@ -18,11 +18,11 @@ use super::{
 use crate::{
     broker::{
         BatchHandler, BrokerType, Consumer, Delivery, Handler, Source, StartFrom, SubscribeOptions,
-        Subscription,
+        Subscription, Verdict,
         dispatch::{self, DispatchSettings},
     },
     error::{Error, ErrorCode, Result},
-    message::Timestamp,
+    message::{Timestamp, wire::Failure},
     topic::Pattern,
 };
 
@@ -235,7 +235,7 @@ impl MessagingHub {
         while leased.len() < max {
             match tokio::time::timeout_at(until, consumer.deliveries.recv()).await {
                 Ok(Some(batch)) => {
-                    leased.extend(batch);
+                    leased.extend(batch.into_iter().filter_map(|d| self.in_time(d)));
                     // While they keep coming it goes on: what the broker has
                     // sent and nobody leases has to be given back.
                     let now = tokio::time::Instant::now();
@@ -261,6 +261,23 @@ impl MessagingHub {
         // More than asked for goes back too, by being dropped.
         leased.truncate(max);
         Ok(leased)
+    }
+
+    /// A delivery that is worth handing out; one that is too late goes to the dead
+    /// letters.
+    fn in_time(&self, delivery: Delivery) -> Option<Delivery> {
+        if !delivery.received().is_too_late(Timestamp::now()) {
+            return Some(delivery);
+        }
+        let failure = Failure::now(
+            "expired",
+            "it expired before it could be handed out",
+            &delivery.topic,
+            delivery.marks.failure.as_deref(),
+        );
+        self.0.recorder.messages_dead_lettered.inc();
+        delivery.settle_now(Verdict::DeadLetter { failure });
+        None
     }
 
     /// Ends every subscription to exactly this pattern, after its running

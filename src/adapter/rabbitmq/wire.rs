@@ -89,7 +89,7 @@ pub(super) fn properties(
     if let Some(to) = &message.reply_to {
         properties = properties.with_reply_to(short("reply_to", to)?);
     }
-    if expires && let Some(at) = message.expires_at() {
+    if expires && let Some(at) = message.expiration {
         let left = at.since(Timestamp::now()).as_millis();
         if left == 0 {
             return Err(refuse(
@@ -170,12 +170,6 @@ pub(super) fn message(delivery: Delivery, queue: &str, stream: bool) -> (Message
         headers.iter().map(|(n, v)| (n.as_ref(), v.as_ref())),
         Carrier::Amqp,
     );
-    let deadline = message.task.as_ref().is_some_and(|t| t.deadline.is_some());
-    if deadline && !headers.iter().any(|(name, _)| name == wire::names::EXPIRES) {
-        // The server was told how long the deadline leaves; the message itself
-        // has no expiration.
-        message.expiration = None;
-    }
     if marks.failure.is_none()
         && let Some(death) = death
     {
