@@ -129,6 +129,10 @@ codes! {
     ReplayLimit = "REPLAY_LIMIT", true;
     /// There is a replay of this id.
     ReplayExists = "REPLAY_EXISTS", false;
+    /// The payload is not as its route's schema says.
+    SchemaInvalid = "SCHEMA_INVALID", false;
+    /// The schema registry cannot be asked.
+    SchemaUnavailable = "SCHEMA_UNAVAILABLE", true;
     /// Nothing of this id is scheduled.
     ScheduleNotFound = "SCHEDULE_NOT_FOUND", false;
     /// There is no replay of this id (any more).

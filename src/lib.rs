@@ -31,6 +31,8 @@ pub mod message;
 pub mod metrics;
 pub mod pipeline;
 pub mod replay;
+#[cfg(feature = "schema")]
+pub mod schema;
 pub mod secret;
 pub mod system;
 pub mod topic;

@@ -125,6 +125,10 @@ impl MessagingSystem {
             let all: Vec<String> = problems.iter().map(ToString::to_string).collect();
             return Err(Error::rejected(ErrorCode::InvalidConfig, all.join("; ")));
         }
+        #[cfg(feature = "schema")]
+        self.hub
+            .use_schemas(self.config.schemas.registry.as_ref())
+            .await?;
         let rabbitmq = self.rabbitmq()?;
         let kafka = self.kafka()?;
         let alone = rabbitmq.is_none() && kafka.is_none();

@@ -4,6 +4,7 @@
 
 readonly KAFKA_VERSION=4.1.0
 readonly LOG4J_VERSION=2.24.3
+readonly REGISTRY_VERSION=3.0.9
 readonly RABBITMQ_RELEASE_3_10=bookworm
 readonly RABBITMQ_RELEASE_4=trixie
 
@@ -128,6 +129,29 @@ XML
     mv "$try" "$home"
 }
 
+install_registry_3() {
+    local home=$infra/registry-$REGISTRY_VERSION try=$infra/.registry-$REGISTRY_VERSION.new
+    local name=apicurio-registry-app-$REGISTRY_VERSION-all.tar.gz from
+    from=https://repo.maven.apache.org/maven2/io/apicurio/apicurio-registry-app/$REGISTRY_VERSION
+    java_is_new_enough || apt_install openjdk-17-jre-headless
+    [[ -e $home/.complete ]] && return 0
+    command -v curl >/dev/null || apt_install curl ca-certificates
+    note "fetching Apicurio Registry $REGISTRY_VERSION from Maven Central"
+    rm -rf "$try"
+    mkdir -p "$try"
+    # Not by Maven, which wants the descriptors of the program's parents too.
+    curl -fsSL --retry 3 -o "$try/$name" "$from/$name" &&
+        curl -fsSL --retry 3 -o "$try/sha1" "$from/$name.sha1" ||
+        fail "the registry could not be fetched from $from/$name"
+    (cd "$try" && echo "$(cut -c1-40 sha1)  $name" | sha1sum --check --quiet) ||
+        fail "$name is not what its checksum says"
+    tar -xzf "$try/$name" -C "$try"
+    rm "$try/$name" "$try/sha1"
+    touch "$try/.complete"
+    rm -rf "$home"
+    mv "$try" "$home"
+}
+
 install_kind() {
     mkdir -p "$infra"
     (
@@ -138,6 +162,7 @@ install_kind() {
             rabbitmq-3.10) install_rabbitmq_310 ;;
             rabbitmq-4) install_rabbitmq_4 ;;
             kafka-4) install_kafka_4 ;;
+            registry-3) install_registry_3 ;;
             *) fail "unknown kind: $1 (one of: $KINDS)" ;;
         esac
     ) 9>"$infra/.lock"
@@ -148,6 +173,7 @@ is_installed() {
         rabbitmq-3.10) [[ $(rabbitmq_root 3.10) == / || -e $infra/rabbitmq-3.10/.complete ]] ;;
         rabbitmq-4) [[ -e $infra/rabbitmq-4/.complete ]] ;;
         kafka-4) [[ -e $infra/kafka-$KAFKA_VERSION/.complete ]] && java_is_new_enough ;;
+        registry-3) [[ -e $infra/registry-$REGISTRY_VERSION/.complete ]] && java_is_new_enough ;;
         *) return 1 ;;
     esac
 }

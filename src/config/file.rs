@@ -9,7 +9,8 @@ use serde::{
 };
 
 use super::{
-    FallbackSettings, HubSettings, LogConfig, MessagingConfig, ServerConfig, environment, source,
+    FallbackSettings, HubSettings, LogConfig, MessagingConfig, SchemasSettings, ServerConfig,
+    environment, source,
 };
 use crate::{
     adapter::{kafka::KafkaConfig, rabbitmq::RabbitMqConfig},
@@ -64,6 +65,7 @@ struct FileConfig {
     kafka: Option<KafkaConfig>,
     topology: TopologyKey,
     topology_mode: Option<TopologyMode>,
+    schemas: SchemasSettings,
     server: ServerConfig,
     max_message_bytes: u64,
     data_dir: Option<PathBuf>,
@@ -81,6 +83,7 @@ impl Default for FileConfig {
             kafka: None,
             topology: TopologyKey::Section(Box::default()),
             topology_mode: None,
+            schemas: config.schemas,
             server: config.server,
             max_message_bytes: config.max_message_bytes,
             data_dir: None,
@@ -103,6 +106,7 @@ impl FileConfig {
             kafka: self.kafka,
             topology,
             topology_mode: self.topology_mode.or(mode).unwrap_or_default(),
+            schemas: self.schemas,
             server: self.server,
             max_message_bytes: self.max_message_bytes,
             data_dir: self.data_dir,

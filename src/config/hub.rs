@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::schema::SchemaSettings;
 use crate::{
     broker::{BrokerType, Compression},
     topic::{Pattern, Topic},
@@ -190,6 +191,9 @@ pub struct RouteSettings {
     /// `kafka.compression`.
     #[serde(default)]
     pub compression: Option<Compression>,
+    /// What payloads must look like. Default: anything.
+    #[serde(default)]
+    pub schema: Option<SchemaSettings>,
     /// A message of the hub's own that is sent through the primary at an interval
     /// and waited for at the other end. Default: none.
     #[serde(default)]
@@ -246,6 +250,7 @@ impl RouteSettings {
             during_outage: None,
             spool: true,
             retry_delay: None,
+            schema: None,
             canary: None,
             compression: None,
         }

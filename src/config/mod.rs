@@ -13,6 +13,7 @@ mod hide;
 mod hub;
 mod redact;
 mod report;
+mod schema;
 mod settings;
 #[cfg(feature = "yaml")]
 mod source;
@@ -35,6 +36,7 @@ pub use hub::{
     RetrySettings, RouteKind, RouteSettings, ScheduleSettings, Share, SpoolSettings,
     WindowSettings,
 };
+pub use schema::{CheckAt, RegistrySettings, SchemaFormat, SchemaSettings, SchemasSettings};
 pub use settings::{FallbackKind, FallbackSettings, LogConfig, LogFormat, ServerConfig};
 pub use validate::Problem;
 pub use variables::{VARIABLES, Variable};
@@ -58,6 +60,8 @@ pub struct MessagingConfig {
     pub topology: Topology,
     /// What is done about it at connect. Default apply.
     pub topology_mode: TopologyMode,
+    /// Where schemas come from. Which payloads they are for, routes say.
+    pub schemas: SchemasSettings,
     /// Where clients reach the hub.
     pub server: ServerConfig,
     /// Largest message at every entrance and broker, in bytes of payload and
@@ -87,6 +91,7 @@ impl Default for MessagingConfig {
             kafka: None,
             topology: Topology::helixagent(),
             topology_mode: TopologyMode::default(),
+            schemas: SchemasSettings::default(),
             server: ServerConfig::default(),
             max_message_bytes: DEFAULT_MAX_MESSAGE_BYTES,
             data_dir: None,

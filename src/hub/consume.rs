@@ -367,6 +367,8 @@ impl MessagingHub {
             closing: self.0.closing.clone(),
             buffer: options.buffer_size,
             most: self.0.max_message_bytes,
+            #[cfg(feature = "schema")]
+            checks: self.checks(),
         });
         self.0.tasks.spawn(task);
         Ok(consumer)

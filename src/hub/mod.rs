@@ -46,6 +46,8 @@ mod remember;
 mod replay;
 pub mod route;
 pub mod schedule;
+#[cfg(feature = "schema")]
+mod schemas;
 #[cfg(test)]
 mod simulation;
 mod span;
@@ -150,6 +152,9 @@ struct Inner {
     drain_rates: Mutex<metrics::DrainRates>,
     subscriptions: Mutex<Vec<Running>>,
     replays: Mutex<Registry>,
+    /// What routes want of their payloads.
+    #[cfg(feature = "schema")]
+    guards: Mutex<crate::schema::guard::Guards>,
     /// What waits for its time; none before the first.
     schedule: Mutex<Option<schedule::Scheduler>>,
     /// Where that is kept; none: in memory.
@@ -247,6 +252,8 @@ impl MessagingHub {
             drain_rates: Mutex::default(),
             subscriptions: Mutex::default(),
             replays: Mutex::default(),
+            #[cfg(feature = "schema")]
+            guards: Mutex::default(),
             schedule: Mutex::default(),
             #[cfg(feature = "journal")]
             schedule_log: Mutex::default(),

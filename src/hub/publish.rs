@@ -279,6 +279,10 @@ impl MessagingHub {
                 .on(topic.as_str())
                 .with_id(message.id.as_str()));
         }
+        #[cfg(feature = "schema")]
+        if !message.headers.contains_key(COMPRESSED) {
+            self.check_schema(&entry, &message).await?;
+        }
         let compression = self.compression(&entry, options)?;
         self.compress(&mut message, compression.hub).await;
         let seen = if message.id.is_generated() || marks.reprocess > 0 {

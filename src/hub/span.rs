@@ -16,10 +16,13 @@ use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+#[cfg(feature = "schema")]
+use super::schemas::{self, Checked, Checks};
 use super::{
     group::{Group, Lease, Taken},
     handover::hand_over,
     lane::task::{Reader, Readers},
+    pending as waited,
 };
 use crate::broker::{
     ConnectionState, Consumer, ConsumerControl, Delivery, Received, Settlement, Verdict,
@@ -44,6 +47,9 @@ pub(crate) struct Parts {
     pub(crate) buffer: usize,
     /// Bytes that a payload may have once it is expanded.
     pub(crate) most: usize,
+    /// What payloads must look like; none: anything.
+    #[cfg(feature = "schema")]
+    pub(crate) checks: Option<Checks>,
 }
 
 /// A reader that is registered with the lanes.
@@ -111,6 +117,8 @@ pub(crate) fn start(parts: Parts) -> (Consumer, impl Future<Output = ()> + Send 
         settlements,
         held: HashMap::new(),
         next: 0,
+        asking: None,
+        unlooked: (Vec::new(), false),
         stopping,
         report,
     };
@@ -157,6 +165,10 @@ struct Span {
     settlements: mpsc::UnboundedSender<Settlement>,
     held: HashMap<u64, Held>,
     next: u64,
+    /// A schema that has to be known before the rest of a batch can be looked at.
+    asking: Option<BoxFuture<'static, ()>>,
+    /// That rest, and whether it is in place.
+    unlooked: (Vec<Delivery>, bool),
     stopping: CancellationToken,
     report: watch::Sender<ConsumerState>,
 }
@@ -172,7 +184,7 @@ impl Span {
         let mut primary_open = true;
         loop {
             self.show_state(&primary_state.borrow_and_update());
-            let want = pending.is_empty() && self.out.is_some();
+            let want = pending.is_empty() && self.out.is_some() && self.asking.is_none();
             tokio::select! {
                 biased;
                 n = verdicts.recv_many(&mut settled, TURN) => {
@@ -190,6 +202,8 @@ impl Span {
                     // dropped; what it has can still be settled.
                     self.out = None;
                     pending.clear();
+                    self.asking = None;
+                    self.unlooked.0.clear();
                     self.parts.primary.control.begin_stop();
                     self.parts.local = None;
                     self.parts.primary.deliveries.close();
@@ -221,6 +235,11 @@ impl Span {
                 }
                 Some((batch, in_place)) = receive(&mut self.parts.local), if want => {
                     pending = self.take(batch, in_place);
+                }
+                () = waited(&mut self.asking) => {
+                    self.asking = None;
+                    let (rest, in_place) = std::mem::take(&mut self.unlooked);
+                    pending.extend(self.take(rest, in_place));
                 }
                 Some(()) = self.answers.next() => {}
                 Ok(()) = primary_state.changed() => {}
@@ -260,9 +279,28 @@ impl Span {
     /// Lets each message of a batch through once.
     fn take(&mut self, batch: Vec<Delivery>, in_place: bool) -> Vec<Delivery> {
         let mut out = Vec::with_capacity(batch.len());
-        for delivery in batch {
+        #[cfg_attr(not(feature = "schema"), allow(unused_mut))]
+        let mut batch = batch.into_iter();
+        while let Some(delivery) = batch.next() {
             let Some(delivery) = expanded(delivery, self.parts.most) else {
                 continue;
+            };
+            #[cfg(feature = "schema")]
+            let looked = match &self.parts.checks {
+                Some(checks) => checks.look(delivery),
+                None => Checked::Fits(delivery),
+            };
+            #[cfg(feature = "schema")]
+            let delivery = match looked {
+                Checked::Fits(delivery) => delivery,
+                Checked::Gone => continue,
+                Checked::Ask(delivery, guard, question) => {
+                    let closing = self.parts.closing.clone();
+                    self.asking = Some(schemas::ask(guard, question, closing));
+                    let rest = std::iter::once(delivery).chain(batch).collect();
+                    self.unlooked = (rest, in_place);
+                    break;
+                }
             };
             if let Taken::New(delivery, lease) = self.parts.group.take_in(delivery) {
                 let (received, upstream) = delivery.into_parts();

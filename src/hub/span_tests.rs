@@ -60,6 +60,8 @@ fn span_of(group: Option<&str>) -> (Source, Consumer) {
         closing: CancellationToken::new(),
         buffer: 4,
         most: 1024,
+        #[cfg(feature = "schema")]
+        checks: None,
     });
     tokio::spawn(task);
     let source = Source {

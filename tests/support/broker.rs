@@ -247,6 +247,29 @@ impl Kafka {
     }
 }
 
+/// A schema registry with the Confluent-compatible API, in memory.
+#[derive(Debug)]
+pub struct Registry {
+    node: Node,
+}
+
+impl Registry {
+    pub async fn start() -> Result<Self, Unavailable> {
+        let node = Node::start("registry-3", &[]).await?;
+        Ok(Self { node })
+    }
+
+    pub fn port(&self) -> u16 {
+        self.node.info().port
+    }
+
+    /// Where the API is, as reached through a port.
+    pub fn url_via(&self, port: u16) -> String {
+        let own = format!(":{}/", self.port());
+        self.node.info().url.replace(&own, &format!(":{port}/"))
+    }
+}
+
 /// The RabbitMQ that all tests of this process share: the node in
 /// RABBITMQ_3_10_DIR or RABBITMQ_4_DIR, else one started for this process.
 /// Tests that use it stop nothing, and name what they declare with `unique`.

@@ -14,7 +14,9 @@ pub mod launcher;
 pub mod proxy;
 pub mod wait;
 
-pub use broker::{Kafka, NodeOptions, Rabbit, RabbitVersion, shared_kafka, shared_rabbit};
+pub use broker::{
+    Kafka, NodeOptions, Rabbit, RabbitVersion, Registry, shared_kafka, shared_rabbit,
+};
 pub use launcher::{NodeInfo, Unavailable};
 pub use proxy::{Direction, TcpProxy};
 

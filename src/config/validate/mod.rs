@@ -8,7 +8,7 @@ use std::{fmt, time::Duration};
 
 use super::{
     CanarySettings, DuringOutage, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, RouteSettings,
-    settings::split_address,
+    SchemaSettings, settings::split_address,
 };
 use crate::{broker::BrokerType, compression::unusable, topology::TopologyMode};
 
@@ -37,6 +37,7 @@ impl MessagingConfig {
         self.check_general(&mut found);
         self.check_hub(&mut found);
         self.check_routes(&mut found);
+        self.check_registry(&mut found);
         if let Some(rabbitmq) = &self.rabbitmq {
             brokers::rabbitmq(rabbitmq, &mut found);
             // Whoever ignores the topology has retry queues of their own.
@@ -175,6 +176,9 @@ impl MessagingConfig {
                     "Kafka has no task queues; use rabbitmq or inmemory, or kind: event",
                 );
             }
+            if let Some(schema) = &route.schema {
+                self.check_schema(&format!("{path}.schema"), schema, found);
+            }
             if let Some(canary) = &route.canary {
                 check_canary(&format!("{path}.canary"), route, canary, found);
             }
@@ -184,6 +188,47 @@ impl MessagingConfig {
                     "local hands out spooled messages, and spool is false",
                 );
             }
+        }
+    }
+
+    fn check_schema(&self, path: &str, schema: &SchemaSettings, found: &mut Found) {
+        if cfg!(not(feature = "schema")) {
+            found.add(path, "this program was built without the feature `schema`");
+        }
+        if schema.check.is_empty() {
+            found.add(
+                format!("{path}.check"),
+                "is empty; name publish, consume or both, or leave the schema out",
+            );
+        }
+        if schema.uses_registry() && self.schemas.registry.is_none() {
+            found.add(
+                path,
+                "takes its schema from the registry, and schemas.registry is not there; name a file, or the registry",
+            );
+        }
+        if schema.register && (schema.file.is_none() || schema.subject.is_none()) {
+            found.add(
+                format!("{path}.register"),
+                "needs a file to register, and the subject",
+            );
+        }
+    }
+
+    fn check_registry(&self, found: &mut Found) {
+        let Some(registry) = &self.schemas.registry else {
+            return;
+        };
+        if !registry.url.starts_with("http://") && !registry.url.starts_with("https://") {
+            found.add(
+                "schemas.registry.url",
+                "must begin with http:// or https://",
+            );
+        }
+        positive(registry.timeout, "schemas.registry.timeout", found);
+        positive(registry.refresh, "schemas.registry.refresh", found);
+        if registry.password.is_some() && registry.user.is_none() {
+            found.add("schemas.registry.password", "needs a user beside it");
         }
     }
 

@@ -207,6 +207,14 @@ fn describe(code: ErrorCode) -> (StatusCode, &'static str) {
             StatusCode::CONFLICT,
             "It could not be made, or exists with other settings",
         ),
+        C::SchemaInvalid => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "The payload is not as its schema says",
+        ),
+        C::SchemaUnavailable => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "The schema registry cannot be asked",
+        ),
         C::ScheduleNotFound => (StatusCode::NOT_FOUND, "Nothing of this id is scheduled"),
         C::ReplayNotFound => (StatusCode::NOT_FOUND, "There is no such replay"),
         C::ReplayExists => (StatusCode::CONFLICT, "There is a replay of this id"),
