@@ -339,6 +339,23 @@ fn latencies(report: &mut Report, book: &Book, course: &Course, hiccups: &Hiccup
             millis(late),
             millis(sync),
         );
+        // One stall or many small waits: when the slow ones were written.
+        let slow: Vec<Duration> = attempts
+            .iter()
+            .filter(|a| a.again == 0 && a.written >= *struck + SETTLED && a.written < *until)
+            .filter(|a| !met_no_hub(a) && a.took().is_some_and(|took| took >= P99))
+            .map(|a| a.written.duration_since(*struck))
+            .collect();
+        if let (Some(first), Some(last)) = (slow.iter().min(), slow.iter().max()) {
+            println!(
+                "  outage {}: {} publishes took {} ms or more, written {:.2} to {:.2} s after the kill",
+                number + 1,
+                slow.len(),
+                P99.as_millis(),
+                first.as_secs_f64(),
+                last.as_secs_f64(),
+            );
+        }
         report.must(
             worst <= limit,
             format!(
