@@ -76,7 +76,12 @@ impl Cursor {
             // One huge frame does not keep its memory.
             self.buffer = Vec::new();
         }
-        let rest = usize::try_from(self.remaining(offset)?).unwrap_or(usize::MAX);
+        // How long the file is costs a call; worth it only before much is allocated.
+        let rest = if len > LARGE {
+            usize::try_from(self.remaining(offset)?).unwrap_or(usize::MAX)
+        } else {
+            len
+        };
         self.buffer.resize(len.min(rest), 0);
         self.start = offset;
         let read = self.file.read_at(offset, &mut self.buffer);

@@ -82,6 +82,15 @@ impl Shared {
     }
 }
 
+/// Where a walk ends that finds nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// With the frame that it is in.
+    FrameEnd,
+    /// With the segment.
+    Found,
+}
+
 /// A walk through one segment.
 struct SegmentReader {
     seq: u64,
@@ -93,6 +102,9 @@ struct SegmentReader {
     next_id: EntryId,
     /// The last entry found at home; those behind it are further on.
     last: Option<EntryId>,
+    /// The last entry found where compaction had moved it. It moves entries in the
+    /// order in which it meets them, so those behind it are mostly further on.
+    last_moved: Option<EntryId>,
 }
 
 impl SegmentReader {
@@ -105,6 +117,7 @@ impl SegmentReader {
             op_at: 0,
             next_id: 0,
             last: None,
+            last_moved: None,
         }
     }
 
@@ -115,14 +128,33 @@ impl SegmentReader {
         place: Place,
         storage: &dyn Storage,
     ) -> Result<Bytes, JournalError> {
-        let reads_on = place.home && self.last.is_some_and(|last| last < id);
-        if !reads_on || self.frame_at < place.frame {
-            self.enter(place.frame);
+        let seq = self.seq;
+        let failed = |e| JournalError::io("read", segment::path(storage, seq), e);
+        let mut body = None;
+        if place.home {
+            let reads_on = self.last.is_some_and(|last| last < id);
+            if !reads_on || self.frame_at < place.frame {
+                self.enter(place.frame);
+            }
+        } else {
+            // A frame may hold thousands that were moved: from its start for each
+            // of them a spool is not read, it stands still.
+            let reads_on = self.last_moved.is_some_and(|last| last < id)
+                && self.frame.is_some()
+                && self.frame_at == place.frame;
+            if reads_on {
+                body = self.walk(id, false, Until::FrameEnd).map_err(failed)?;
+            }
+            if body.is_none() {
+                self.enter(place.frame);
+            }
         }
-        let body = self
-            .walk(id, place.home)
-            .map_err(|e| JournalError::io("read", segment::path(storage, self.seq), e))?;
-        self.last = (place.home && body.is_some()).then_some(id);
+        if body.is_none() {
+            body = self.walk(id, place.home, Until::Found).map_err(failed)?;
+        }
+        let found = body.as_ref().map(|_| id);
+        self.last = found.filter(|_| place.home);
+        self.last_moved = found.filter(|_| !place.home);
         body.ok_or_else(|| JournalError::Corrupt {
             file: segment::path(storage, self.seq),
             offset: self.op_at,
@@ -134,8 +166,12 @@ impl SegmentReader {
         (self.frame, self.frame_at, self.op_at) = (None, frame, frame);
     }
 
-    fn walk(&mut self, id: EntryId, home: bool) -> io::Result<Option<Bytes>> {
+    fn walk(&mut self, id: EntryId, home: bool, until: Until) -> io::Result<Option<Bytes>> {
+        let first = self.frame_at;
         loop {
+            if until == Until::FrameEnd && self.frame_at != first {
+                return Ok(None);
+            }
             let Some(frame) = self.frame else {
                 let bytes = self.cursor.peek(self.frame_at, FRAME_HEADER)?;
                 let Some(header) = FrameHeader::decode(bytes, self.frame_at) else {

@@ -31,6 +31,7 @@ struct Inner {
     faults: Faults,
     crashed: bool,
     syncs: u64,
+    bytes_read: u64,
 }
 
 /// What shall go wrong, by the number of a changing operation (from 1).
@@ -95,6 +96,11 @@ impl Disk {
     /// File syncs so far.
     pub(super) fn syncs(&self) -> u64 {
         self.lock().syncs
+    }
+
+    /// Bytes that were read so far.
+    pub(super) fn bytes_read(&self) -> u64 {
+        self.lock().bytes_read
     }
 
     pub(super) fn crashed(&self) -> bool {
@@ -322,11 +328,12 @@ impl SegmentFile for DiskFile {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         self.disk.run_hook();
-        let inner = self.disk.lock();
+        let mut inner = self.disk.lock();
         let data = &inner.files[self.at].data;
         let rest = data.get(offset as usize..).unwrap_or_default();
         let len = rest.len().min(buffer.len());
         buffer[..len].copy_from_slice(&rest[..len]);
+        inner.bytes_read += len as u64;
         Ok(len)
     }
 

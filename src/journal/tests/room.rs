@@ -1,7 +1,10 @@
 //! Bounds: on the disk, in memory, and what is done about segments of which
 //! little is left.
 
-use super::{super::index::Index, *};
+use super::{
+    super::{index::Index, state::Found},
+    *,
+};
 
 #[test]
 fn many_appends_share_one_sync() {
@@ -84,6 +87,53 @@ fn stragglers_are_moved_so_that_their_segments_can_go() {
     let (rig, found) = Rig::open(&disk).unwrap();
     assert_eq!(found, stragglers.into_iter().collect());
     assert_eq!(rig.read(&ids).unwrap(), bodies);
+}
+
+#[test]
+fn many_that_were_moved_are_read_on_and_on() {
+    let disk = Disk::new();
+    let options = JournalOptions {
+        segment_bytes: 1 << 20,
+        max_bytes: 64 << 20,
+        ..small()
+    };
+    let (mut rig, _) = Rig::open_with(&disk, options).unwrap();
+    // A segment of which a quarter lives, and more of them behind it.
+    let mut kept = Vec::new();
+    for n in 0..60_000u64 {
+        let id = rig.append(put(body(n, 250))).unwrap().first;
+        if n % 4 == 0 {
+            kept.push((id, body(n, 250)));
+        } else {
+            rig.append(remove([id])).unwrap();
+        }
+        if n % 500 == 0 {
+            rig.work().unwrap();
+        }
+    }
+    rig.work().unwrap();
+    let moved = {
+        let state = rig.shared.lock();
+        kept.iter()
+            .filter(|(id, _)| matches!(state.find(*id), Found::Stored(place) if !place.home))
+            .count()
+    };
+    assert!(moved > 2_000, "only {moved} were moved");
+    let before = disk.bytes_read();
+    let ids: Vec<_> = kept.iter().map(|(id, _)| *id).collect();
+    let bodies: Vec<_> = kept.into_iter().map(|(_, body)| Some(body)).collect();
+    assert_eq!(rig.read(&ids).unwrap(), bodies);
+    let read = disk.bytes_read() - before;
+    // What is there, its neighbours, and a buffer's length too much at each turn.
+    assert!(
+        read < 64 << 20,
+        "{read} bytes were read for {} entries",
+        ids.len()
+    );
+    // Backwards is slow, and right all the same.
+    let some: Vec<_> = ids.iter().rev().step_by(97).copied().collect();
+    let found = rig.read(&some).unwrap();
+    assert!(found.iter().all(Option::is_some));
 }
 
 #[test]
