@@ -29,6 +29,7 @@ pub mod hub;
 pub mod journal;
 pub mod message;
 pub mod metrics;
+pub mod migration;
 pub mod pipeline;
 pub mod replay;
 #[cfg(feature = "schema")]

@@ -28,7 +28,9 @@ mod traits;
 pub use broker_type::BrokerType;
 pub use consumer::{ConnectionState, Consumer, ConsumerControl, RetryMode, Source};
 pub use delivery::{Delivery, Received, Settlement, Verdict};
-pub use handler::{BatchHandler, Blame, Handler, HandlerError, ServiceHandler, Turn};
+pub use handler::{
+    BatchHandler, Blame, Handler, HandlerError, HandlerFuture, ReadyFuture, ServiceHandler, Turn,
+};
 pub use lane::{Confirmation, Fate, Lane, LaneOptions, OrderKey, Submission};
 pub use options::{
     Compression, OffsetReset, PublishOptions, QueueOptions, QueueType, SeekTo, StartFrom,
