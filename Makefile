@@ -27,7 +27,7 @@ lint: build-tools
 	cargo fmt --all -- --check
 	cargo clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --all-features
-	@if command -v shellcheck >/dev/null; then shellcheck -x -P SCRIPTDIR -S warning scripts/brokers scripts/test-ca scripts/check-compose scripts/build-tools scripts/run-tests scripts/check-foreign scripts/check-bad-input scripts/check-failover .ci/run; \
+	@if command -v shellcheck >/dev/null; then shellcheck -x -P SCRIPTDIR -S warning scripts/brokers scripts/test-ca scripts/check-compose scripts/build-tools scripts/run-tests scripts/check-foreign scripts/check-bad-input scripts/check-failover challenges/scripts/*.sh .ci/run; \
 	else echo "lint: shellcheck is not installed, the scripts were not checked"; fi
 	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check; \
 	else echo "lint: cargo-deny is not installed, licences and advisories were not checked (make deny)"; fi
@@ -77,6 +77,10 @@ bench: build-tools
 ## make challenges         the hub tried from outside: foreign clients, bad input, killed brokers
 challenges: build-tools
 	@scripts/brokers install all
+	challenges/scripts/messaging_rabbitmq_challenge.sh --rabbitmq 3.10
+	challenges/scripts/messaging_rabbitmq_challenge.sh
+	challenges/scripts/messaging_kafka_challenge.sh
+	challenges/scripts/messaging_hybrid_challenge.sh
 	scripts/check-foreign
 	scripts/check-bad-input
 	scripts/check-failover

@@ -35,6 +35,19 @@ const POINT: &str = r#"{"type":"record","name":"Point","fields":[{"name":"x","ty
 /// A reader of `POINT` cannot read what this writes.
 const OTHER: &str = r#"{"type":"record","name":"Point","fields":[{"name":"y","type":"string"}]}"#;
 
+/// A registry; a test is skipped where it cannot be had, which `make test` says.
+macro_rules! registry {
+    () => {
+        match Registry::start().await {
+            Ok(registry) => registry,
+            Err(why) => {
+                eprintln!("skipped: no schema registry: {why:?}");
+                return;
+            }
+        }
+    };
+}
+
 type Seen = Arc<Mutex<Vec<Vec<u8>>>>;
 
 fn with_route(
@@ -196,7 +209,7 @@ async fn a_task_that_is_not_as_its_file_says_is_refused_or_a_dead_letter() {
 #[tokio::test(flavor = "multi_thread")]
 async fn avro_events_are_read_by_the_schema_that_they_name() {
     let kafka = need!(shared_kafka().await);
-    let node = need!(Registry::start().await);
+    let node = registry!();
     let url = node.url_via(node.port());
     let registry = SchemaRegistry::new(RegistrySettings::at(&url)).unwrap();
     let topic = unique("events.avro");
@@ -278,7 +291,7 @@ async fn avro_events_are_read_by_the_schema_that_they_name() {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_the_registry_is_away_known_schemas_hold_and_others_are_waited_for() {
     let kafka = need!(shared_kafka().await);
-    let node = need!(Registry::start().await);
+    let node = registry!();
     let direct = node.url_via(node.port());
     let proxy = TcpProxy::to_port(node.port()).await.unwrap();
     let registry = SchemaRegistry::new(RegistrySettings::at(&direct)).unwrap();
@@ -343,7 +356,7 @@ async fn while_the_registry_is_away_known_schemas_hold_and_others_are_waited_for
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_that_does_not_go_with_its_subject_ends_the_start() {
-    let node = need!(Registry::start().await);
+    let node = registry!();
     let url = node.url_via(node.port());
     let settings = RegistrySettings::at(&url);
     let registry = SchemaRegistry::new(settings.clone()).unwrap();

@@ -18,6 +18,8 @@ foreign_python() {
     if [[ ! -x $python ]] || ! cmp -s "$wanted" "$venv/requirements.txt"; then
         say "installing pika and kafka-python into $venv"
         mkdir -p "$infra"
+        python3 -c 'import ensurepip, venv' 2>/dev/null || "$root/scripts/brokers" packages python3 python3-venv ||
+            fail "a Python with venv is missing"
         python3 -m venv "$venv" >"$work/venv.log" 2>&1 ||
             fail "python3 cannot make a virtual environment (apt-get install python3-venv): $(tail -n 1 "$work/venv.log")"
         "$python" -m pip install --quiet --disable-pip-version-check -r "$wanted" >"$work/venv.log" 2>&1 ||
