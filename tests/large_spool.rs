@@ -271,7 +271,17 @@ fn read_topic(bootstrap: &str, all: u64) -> Seen {
                 ends.insert(partition);
             }
             Some(Err(error)) => println!("  reading: {error}"),
-            None => panic!("nothing came in {LIMIT:?}; {} are missing", seen.missing()),
+            None => {
+                for partition in 0..PARTITIONS {
+                    let partition = i32::try_from(partition).unwrap();
+                    println!(
+                        "  partition {partition}: {:?} at the broker",
+                        consumer.fetch_watermarks(TOPIC, partition, LIMIT)
+                    );
+                }
+                println!("  read so far: {:?}", consumer.position());
+                panic!("nothing came in {LIMIT:?}; {} are missing", seen.missing());
+            }
         }
     }
     seen

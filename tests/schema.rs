@@ -25,7 +25,7 @@ use messaging_hub::{
 };
 use rdkafka::{
     ClientConfig,
-    producer::{FutureProducer, FutureRecord},
+    producer::{BaseProducer, BaseRecord, Producer as _},
 };
 use serde_json::json;
 use support::{RabbitVersion, Registry, TcpProxy, need, shared_kafka, shared_rabbit, unique, wait};
@@ -116,6 +116,19 @@ async fn events(hub: &MessagingHub, topic: &str) -> (Subscription, Seen) {
     let options = SubscribeOptions::group("readers");
     let subscription = hub.subscribe_events(topic, options, handler).await.unwrap();
     (subscription, seen)
+}
+
+/// Writes payloads past the hub.
+fn produce<'a>(bootstrap: &str, topic: &str, payloads: impl IntoIterator<Item = &'a bytes::Bytes>) {
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", bootstrap)
+        .create()
+        .unwrap();
+    for payload in payloads {
+        let record = BaseRecord::<(), [u8]>::to(topic).payload(&payload[..]);
+        producer.send(record).map_err(|(e, _)| e).unwrap();
+    }
+    producer.flush(SOON).unwrap();
 }
 
 /// What the dead letters of a topic say, once there are so many.
@@ -267,15 +280,9 @@ async fn avro_events_are_read_by_the_schema_that_they_name() {
     }
 
     // The same, written past the hub, and one that fits at the end.
-    let producer: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.bootstrap())
-        .create()
-        .unwrap();
     let second = registry.encode(&subject, &json!({"x": 8})).await.unwrap();
-    for payload in bad.iter().map(|(p, _)| *p).chain([&second]) {
-        let record = FutureRecord::<(), [u8]>::to(&topic).payload(&payload[..]);
-        producer.send(record, SOON).await.unwrap();
-    }
+    let all = bad.iter().map(|(p, _)| *p).chain([&second]);
+    produce(kafka.bootstrap(), &topic, all);
     let (_subscription, seen) = events(&hub, &topic).await;
     wait::until(SOON, "what fits", async || seen.lock().unwrap().len() >= 2).await;
     let letters = letters(&hub, &topic, bad.len()).await;
@@ -335,13 +342,8 @@ async fn while_the_registry_is_away_known_schemas_hold_and_others_are_waited_for
 
     // A schema that this hub has never seen, in a message that was written past it.
     let id = registry.register(&subject, format, stricter).await.unwrap();
-    let producer: FutureProducer = ClientConfig::new()
-        .set("bootstrap.servers", kafka.bootstrap())
-        .create()
-        .unwrap();
     let framed = frame(id, br#"{"n":2,"m":3}"#);
-    let record = FutureRecord::<(), [u8]>::to(&topic).payload(&framed[..]);
-    producer.send(record, SOON).await.unwrap();
+    produce(kafka.bootstrap(), &topic, [&framed]);
     let before = proxy.counters().accepted;
     wait::until(SOON, "the hub to ask", async || {
         proxy.counters().accepted > before + 1

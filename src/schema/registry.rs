@@ -145,7 +145,7 @@ impl SchemaRegistry {
     /// `SCHEMA_UNAVAILABLE`: the registry gives no answer.
     pub async fn encode(&self, subject: &str, value: &Value) -> Result<Bytes> {
         let known = |s: &Self| s.known_latest(subject);
-        if matches!(known(self), None) {
+        if known(self).is_none() {
             self.learn_latest(subject).await?;
         }
         let (id, schema) = known(self)

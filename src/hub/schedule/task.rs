@@ -140,6 +140,9 @@ pub(crate) struct Found {
 
 type Loaded = Vec<(Number, Result<Held>)>;
 
+/// What is done with a message that is due, and the message.
+type Step<T> = BoxFuture<'static, (Number, Box<Held>, Result<T>)>;
+
 pub(super) struct Task {
     hub: Weak<Inner>,
     dead: DeadLetters,
@@ -149,8 +152,8 @@ pub(super) struct Task {
     status: Arc<Status>,
     loading: Option<BoxFuture<'static, Loaded>>,
     ready: VecDeque<(Number, Box<Held>)>,
-    admitting: Option<BoxFuture<'static, (Number, Box<Held>, Result<Pending>)>>,
-    publishing: FuturesUnordered<BoxFuture<'static, (Number, Box<Held>, Result<Receipt>)>>,
+    admitting: Option<Step<Pending>>,
+    publishing: FuturesUnordered<Step<Receipt>>,
     syncing: FuturesUnordered<BoxFuture<'static, ()>>,
     /// Those that are on their way to the dead letters.
     letters: mpsc::UnboundedSender<Settlement>,
