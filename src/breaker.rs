@@ -101,11 +101,13 @@ mod tests {
             breaker.failed(now);
         }
         assert_eq!(breaker.state(now), BreakerState::Closed);
+        assert!(breaker.allows(now));
         breaker.failed(now);
         assert_eq!(breaker.state(now), BreakerState::Open);
         assert!(!breaker.allows(now));
         breaker.probed_well();
         assert_eq!(breaker.state(now), BreakerState::HalfOpen);
+        assert!(breaker.allows(now));
         breaker.failed(now);
         assert_eq!(
             breaker.state(now),

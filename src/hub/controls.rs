@@ -161,6 +161,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shown_of_a_pattern_is_what_was_said_of_it_or_of_all() {
+        let mut rules = Rules::new(0);
+        rules.hold(&pattern("tasks.#"), Hold::Drain).unwrap();
+        assert_eq!(rules.of_pattern(&pattern("tasks.#")).hold, Hold::Drain);
+        // It may cover the topics of another pattern, and says nothing of that one.
+        assert_eq!(rules.of_pattern(&pattern("tasks.a")).hold, Hold::Nothing);
+        rules.hold(&pattern(ALL), Hold::Everything).unwrap();
+        assert_eq!(rules.of_pattern(&pattern("tasks.a")).hold, Hold::Everything);
+    }
+
+    #[test]
     fn a_configured_rate_holds_until_another_is_said() {
         let mut rules = Rules::new(50);
         assert_eq!(rules.of("t").rate, 50);

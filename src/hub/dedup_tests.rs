@@ -54,6 +54,57 @@ fn a_commit_settles_what_is_parked() {
 }
 
 #[test]
+fn every_duplicate_is_counted_and_not_multiplied() {
+    let mut w = window::<u32>(10, 100);
+    // Two earlier attempts of one that runs.
+    let lease = granted(w.offer(at(0), (TOPIC, "a"), 2));
+    for count in 1..=2 {
+        assert!(matches!(w.offer(at(0), (TOPIC, "a"), 1), Offer::Committed));
+        assert_eq!(w.counts().duplicates, count);
+    }
+    // Two copies that its end settles, and two that come after it.
+    for token in 0..2 {
+        let offer = w.offer(at(0), (TOPIC, "a"), 2);
+        park(&mut w, offer, token);
+    }
+    assert_eq!(w.commit(at(0), lease).duplicates.len(), 2);
+    assert_eq!(w.counts().duplicates, 4);
+    for count in 5..=6 {
+        assert!(matches!(w.offer(at(1), (TOPIC, "a"), 2), Offer::Committed));
+        assert_eq!(w.counts().duplicates, count);
+    }
+}
+
+#[test]
+fn what_a_group_forgets_is_new_to_it() {
+    let mut w = window::<u32>(10, 100);
+    let lease = granted(w.offer(at(0), (TOPIC, "a"), 0));
+    w.commit(at(0), lease);
+    w.forget_all();
+    assert_eq!(w.len(), 0);
+    let lease = granted(w.offer(at(1), (TOPIC, "a"), 0));
+    w.commit(at(1), lease);
+    // Nor does what was forgotten end the new one early.
+    assert!(matches!(w.offer(at(99), (TOPIC, "a"), 0), Offer::Committed));
+}
+
+#[test]
+fn an_id_is_its_bytes_and_back() {
+    for halves in [
+        [1, 2],
+        [u64::MAX, 0],
+        [0, u64::MAX],
+        [1 << 63 | 5, 1 << 62 | 9],
+    ] {
+        let id = IdHash(halves);
+        let bytes = id.to_bytes();
+        assert_eq!(bytes[..8], halves[0].to_le_bytes());
+        assert_eq!(bytes[8..], halves[1].to_le_bytes());
+        assert_eq!(IdHash::from_bytes(bytes), id);
+    }
+}
+
+#[test]
 fn a_release_promotes_one_and_leaves_the_others_parked() {
     let mut w = DedupWindow::default();
     let first = granted(w.offer(at(0), (TOPIC, "a"), 0));
