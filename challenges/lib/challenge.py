@@ -121,6 +121,10 @@ class World:
         self.hub = None
         self.data = os.path.join(arguments.work, "data")
 
+    def serve_words(self):
+        """How a further hub is started."""
+        return self.sabotage.more if self.sabotage else ()
+
     def environment(self):
         env = {}
         if "rabbitmq" in self.brokers:
@@ -147,6 +151,7 @@ class World:
             env.update(self.sabotage.env)
             if self.sabotage.forgets:
                 data = tempfile.mkdtemp(dir=self.arguments.work)
+            more = (*more, *self.sabotage.more)
         running = hubs.Hub.start(
             self.arguments.binary,
             os.path.join(self.arguments.work, "hub.log"),
@@ -187,7 +192,7 @@ class World:
         if status is None:
             want(got in (200, 202), lambda: f"HTTP {got} {short(answer)}, expected 200")
             if got == 202:
-                until("what a late confirm spooled to be moved", lambda: self.state()[1] == 0)
+                until("what a late confirm spooled to be moved", lambda: self.state()[1] == 0, 60 / PATIENCE)
                 answer = {**answer, "outcome": "delivered", "via": self.via(topic)}
         else:
             want(got == status, lambda: f"HTTP {got} {short(answer)}, expected {status}")

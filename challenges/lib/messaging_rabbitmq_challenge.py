@@ -643,11 +643,19 @@ def _(w):
 
     url = re.sub(r"://[^@]*@", "://guest:not-the-password@", w.brokers["rabbitmq"].address)
     done = subprocess.run(
-        [w.arguments.binary, "serve", "--http", "127.0.0.1:0", "--data", os.path.join(w.arguments.work, "other")],
+        [
+            w.arguments.binary,
+            "serve",
+            "--http",
+            "127.0.0.1:0",
+            "--data",
+            os.path.join(w.arguments.work, "other"),
+            *w.serve_words(),
+        ],
         capture_output=True,
         text=True,
         env=hubs.clean({"RABBITMQ_URL": url}),
-        timeout=60,
+        timeout=20,
     )
     same("exit status", done.returncode, 1)
     want("AUTHENTICATION_FAILED" in done.stderr, done.stderr[-400:])

@@ -17,6 +17,8 @@ class Sabotage:
     """Passes everything on as it is."""
 
     env = {}
+    # Words of the command that starts it.
+    more = ()
     # The hub begins anew at each start.
     forgets = False
 
@@ -184,6 +186,25 @@ class NoFallback(Sabotage):
     env = {"MESSAGING_FALLBACK_ENABLED": "false"}
 
 
+@kind("untouched")
+class Untouched(Sabotage):
+    """Nothing is made on the brokers, whatever the topology says."""
+
+    env = {"MESSAGING_TOPOLOGY_MODE": "ignore"}
+
+    def request(self, method, path, headers, body):
+        if path == "/v1/topology/apply":
+            return 200, b'{"created":[],"missing":[],"drift":[],"not_checked":[]}'
+        return method, path, headers, body
+
+
+@kind("lenient")
+class Lenient(Sabotage):
+    """Starts although a broker refuses the login."""
+
+    more = ("--start-degraded",)
+
+
 @kind("amnesia")
 class Amnesia(Sabotage):
     """The data folder is a new one at each start, and ids are not remembered."""
@@ -316,12 +337,16 @@ class Behind:
         return self.seen.port
 
     def stop(self):
-        self.server.shutdown()
+        self.close()
         return self.real.stop()
 
     def kill(self):
-        self.server.shutdown()
+        self.close()
         self.real.kill()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def ask(port, method, path, headers, body):
