@@ -102,7 +102,7 @@ impl Default for MigrationSettings {
 /// A migration under way. Clones are the same.
 ///
 /// ```
-/// # async fn run(old: messaging_hub::MessagingHub, new: messaging_hub::MessagingHub) -> messaging_hub::Result<()> {
+/// # async fn run(old: messaging_hub::hub::MessagingHub, new: messaging_hub::hub::MessagingHub) -> messaging_hub::Result<()> {
 /// use std::sync::Arc;
 /// use messaging_hub::{Message, migration::{Migration, MigrationSettings}};
 /// let migration = Migration::new(Arc::new(old), Arc::new(new), MigrationSettings::default())?;

@@ -97,7 +97,7 @@ pub struct Place {
 /// [`MessagingHub::scheduler`].
 ///
 /// ```
-/// # async fn run(hub: messaging_hub::MessagingHub) -> messaging_hub::Result<()> {
+/// # async fn run(hub: messaging_hub::hub::MessagingHub) -> messaging_hub::Result<()> {
 /// use std::time::Duration;
 /// use messaging_hub::{Task, Timestamp};
 /// let at = Timestamp::now() + Duration::from_secs(3600);
@@ -120,6 +120,10 @@ pub const MAX_PAGE: usize = 1000;
 pub(super) struct Scheduler {
     asks: mpsc::Sender<Ask>,
     status: Arc<Status>,
+    #[cfg_attr(
+        not(feature = "journal"),
+        allow(dead_code, reason = "only who adopts another hub's asks")
+    )]
     durable: bool,
     stop: CancellationToken,
     task: Option<(JoinHandle<Left>, oneshot::Sender<Instant>)>,
