@@ -118,6 +118,8 @@ def _(w):
     }
     for name, kind in wanted.items():
         one = channel(w)
+        # Declared, it would be there in any case.
+        one.exchange_declare(name, passive=True)
         # The same type is a repeat, another one is refused.
         one.exchange_declare(name, exchange_type=kind, durable=True)
         one.close()
@@ -129,6 +131,7 @@ def _(w):
 def _(w):
     for name in ("background", "debate", "verification", "notifications"):
         one = channel(w)
+        one.queue_declare(f"helixagent.tasks.{name}", passive=True)
         one.queue_declare(
             f"helixagent.tasks.{name}",
             durable=True,
