@@ -28,14 +28,19 @@ pub struct Received {
 }
 
 impl Received {
+    /// Whether it lies among the dead letters: it failed somewhere else. A retry
+    /// goes back to where it failed.
+    #[must_use]
+    pub fn is_dead_letter(&self) -> bool {
+        let failure = self.marks.failure.as_ref();
+        failure.is_some_and(|f| f.original_topic != self.topic.as_str())
+    }
+
     /// Whether it expired before it could be handled. What lies among the dead
     /// letters is kept, however old it is.
     #[must_use]
     pub fn is_too_late(&self, now: Timestamp) -> bool {
-        let failure = self.marks.failure.as_ref();
-        // A retry goes back to where it failed.
-        let is_letter = failure.is_some_and(|f| f.original_topic != self.topic.as_str());
-        !is_letter && self.message.is_expired(now)
+        !self.is_dead_letter() && self.message.is_expired(now)
     }
 }
 

@@ -72,13 +72,14 @@ impl DeadRate {
 }
 
 impl MessagingHub {
-    /// The share of messages that ended among the dead letters lately.
+    /// The share of messages that ended among the dead letters lately, as of the last
+    /// look: who asks does not look, or whoever asks often would fill the window.
     #[must_use]
     pub fn dead_letter_rate(&self) -> DeadLetterRate {
-        self.look_at_dead_letters()
+        lock(&self.0.dead_rate).last
     }
 
-    fn look_at_dead_letters(&self) -> DeadLetterRate {
+    fn look_at_dead_letters(&self) {
         let recorder = &self.0.recorder;
         let handed = recorder.messages_consumed.get();
         let dead = recorder.messages_dead_lettered.get();
@@ -100,7 +101,6 @@ impl MessagingHub {
                 "messages no longer end among the dead letters too often"
             );
         }
-        last
     }
 
     /// Starts to look at intervals, once.

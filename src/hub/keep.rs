@@ -15,7 +15,8 @@ use super::{
 use crate::{
     broker::{Outcome, Receipt},
     error::{Error, ErrorCode, Result},
-    message::Timestamp,
+    message::{MessageId, Timestamp},
+    topic::Topic,
 };
 
 /// What was found in a spool.
@@ -98,15 +99,7 @@ impl MessagingHub {
                 }
             }
         }
-        for (topic, id) in left.ids {
-            // A client that never got its answer may repeat the publish.
-            if let Ok(Offer::Fresh(Some(seen))) = self.0.accepted.offer(&topic, &id) {
-                seen.settle(&Ok(Receipt {
-                    id,
-                    outcome: Outcome::Spooled { durable: true },
-                }));
-            }
-        }
+        self.know_again(left.ids);
         if found != SpoolFound::default() {
             tracing::warn!(
                 messages = found.taken_up,
@@ -115,6 +108,19 @@ impl MessagingHub {
             );
         }
         found
+    }
+
+    /// Answers publishes of these ids as they were answered: a client that never got
+    /// its answer may repeat the publish (C14).
+    pub(super) fn know_again(&self, ids: impl IntoIterator<Item = (Topic, MessageId)>) {
+        for (topic, id) in ids {
+            if let Ok(Offer::Fresh(Some(seen))) = self.0.accepted.offer(&topic, &id) {
+                seen.settle(&Ok(Receipt {
+                    id,
+                    outcome: Outcome::Spooled { durable: true },
+                }));
+            }
+        }
     }
 
     /// Where spools are kept; none: in memory.

@@ -501,10 +501,7 @@ impl MessagingHub {
 
     fn check_open(&self) -> Result<()> {
         if self.0.closing.is_cancelled() {
-            return Err(Error::new(
-                ErrorCode::OperationCanceled,
-                "the hub is shutting down and accepts nothing new",
-            ));
+            return Err(shutting_down());
         }
         Ok(())
     }
@@ -542,6 +539,13 @@ async fn pending<T>(work: &mut Option<BoxFuture<'_, T>>) -> T {
         Some(work) => work.await,
         None => std::future::pending().await,
     }
+}
+
+fn shutting_down() -> Error {
+    Error::new(
+        ErrorCode::OperationCanceled,
+        "the hub is shutting down and accepts nothing new",
+    )
 }
 
 /// Locks a mutex; what it guards is whole even after a panic elsewhere, because

@@ -120,9 +120,8 @@ impl Checks {
     }
 
     fn guard(&self, received: &Received) -> Option<&Arc<Guard>> {
-        let failure = received.marks.failure.as_ref();
-        if failure.is_some_and(|f| f.original_topic != received.topic.as_str()) {
-            // Among the dead letters it is read as it stands.
+        if received.is_dead_letter() {
+            // There it is read as it stands.
             return None;
         }
         let (_, route) = self.routes.find(received.topic.as_str())?;

@@ -34,7 +34,8 @@ pub(super) async fn prometheus(State(app): State<App>) -> Response {
         // A registry for each scrape: the hub keeps the counts, this only
         // renders them.
         let page = Page(Registry::new());
-        page.hub(&app.hub().metrics())?;
+        let metrics = app.hub().metrics();
+        page.hub(&metrics)?;
         page.state(&app.hub().state())?;
         page.gauges(
             "messaging_queue_depth",
@@ -48,7 +49,7 @@ pub(super) async fn prometheus(State(app): State<App>) -> Response {
             &[],
             [(vec![], app.hub().active_replays() as f64)],
         )?;
-        let rate = app.hub().dead_letter_rate();
+        let rate = metrics.dead_letters;
         page.gauges(
             "messaging_dlq_rate",
             "Dead letters of the last ten minutes for each message handed out in them",
@@ -65,7 +66,7 @@ pub(super) async fn prometheus(State(app): State<App>) -> Response {
             "messaging_scheduled_messages",
             "Messages that wait for their time",
             &[],
-            [(vec![], app.hub().scheduled().0 as f64)],
+            [(vec![], metrics.scheduled as f64)],
         )?;
         page.gauges(
             "messaging_leases",

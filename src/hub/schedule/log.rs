@@ -6,21 +6,19 @@ use std::{path::Path, sync::Arc};
 use super::{
     super::{
         MessagingHub,
-        accepted::Offer,
         keep::{DISK_EXTRA, DISK_FACTOR, blocking},
         lock,
         spool::{
-            ENTRY_OVERHEAD,
             codec::Kept,
             journal::SpoolLog,
             store::{KeptId, SpoolStore},
         },
     },
-    shelf::{Name, Waiting},
+    shelf::Waiting,
     task::Found,
 };
 use crate::{
-    broker::{Outcome, Receipt},
+    broker::Outcome,
     error::Result,
     message::{MessageId, Timestamp},
     topic::Topic,
@@ -62,15 +60,7 @@ impl MessagingHub {
         let store: Arc<dyn SpoolStore> = log.clone();
         self.start_scheduler(Some(store), left.found)?;
         *lock(&self.0.schedule_log) = Some(log);
-        for (topic, id) in left.brought {
-            // A client that never got its answer may repeat the publish.
-            if let Ok(Offer::Fresh(Some(seen))) = self.0.accepted.offer(&topic, &id) {
-                seen.settle(&Ok(Receipt {
-                    id,
-                    outcome: Outcome::Spooled { durable: true },
-                }));
-            }
-        }
+        self.know_again(left.brought);
         if count > 0 {
             tracing::info!(messages = count, "scheduled by an earlier process");
         }
@@ -165,29 +155,13 @@ fn open(folder: &Path, max: u64, since: Timestamp) -> Result<(SpoolLog, Left)> {
 }
 
 fn note(left: &mut Left, id: KeptId, kept: Kept, since: Timestamp) {
-    let entry = kept.entry;
-    let message = &entry.message;
-    let topic = kept.lane.topic;
+    let (topic, entry) = (kept.lane.topic, kept.entry);
     if !kept.generated && entry.marks.reprocess == 0 && entry.since >= since {
-        left.brought.push((topic.clone(), message.id.clone()));
+        left.brought.push((topic.clone(), entry.message.id.clone()));
     }
     let due = entry.due.unwrap_or(entry.since);
     left.found.push(Found {
         id,
-        waiting: Waiting {
-            name: Name {
-                topic,
-                id: message.id.clone(),
-                copy: entry.marks.reprocess,
-            },
-            kind: message.kind.clone(),
-            due,
-            next: due,
-            failures: 0,
-            error: None,
-            size: message.size() + ENTRY_OVERHEAD,
-            body: (),
-            in_hand: false,
-        },
+        waiting: Waiting::of(&topic, &entry, due),
     });
 }

@@ -39,6 +39,7 @@ use super::{
     lock,
     publish::TopicEntry,
     publisher::{Pending, State},
+    shutting_down,
     spool::{Entry, codec::LaneName, store::SpoolStore},
 };
 use crate::{
@@ -164,7 +165,7 @@ impl TaskScheduler {
             answer,
         };
         match self.ask(ask).await {
-            true => answered.await.unwrap_or_else(|_| Err(closing())),
+            true => answered.await.unwrap_or_else(|_| Err(shutting_down())),
             false => Err(unknown(&topic, id)),
         }
     }
@@ -182,7 +183,7 @@ impl TaskScheduler {
             answer,
         };
         let found = match self.ask(ask).await {
-            true => answered.await.map_err(|_| closing())?,
+            true => answered.await.map_err(|_| shutting_down())?,
             false => None,
         };
         found.ok_or_else(|| unknown(&topic, id))
@@ -208,7 +209,7 @@ impl TaskScheduler {
             answer,
         };
         match self.ask(ask).await {
-            true => answered.await.map_err(|_| closing()),
+            true => answered.await.map_err(|_| shutting_down()),
             false => Ok(Page::default()),
         }
     }
@@ -275,7 +276,7 @@ impl MessagingHub {
             )
             .on(entry.topic.as_str()));
         };
-        sent.map_err(|_| closing())?;
+        sent.map_err(|_| shutting_down())?;
         Ok(Pending(State::Waiting(rx)))
     }
 
@@ -431,11 +432,4 @@ fn unknown(topic: &Topic, id: &str) -> Error {
     )
     .on(topic.as_str())
     .with_id(id)
-}
-
-fn closing() -> Error {
-    Error::new(
-        ErrorCode::OperationCanceled,
-        "the hub is shutting down and accepts nothing new",
-    )
 }

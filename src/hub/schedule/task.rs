@@ -38,6 +38,7 @@ use crate::{
         dead::DeadLetters,
         pending,
         publisher::Pending,
+        shutting_down,
         spool::{
             ENTRY_OVERHEAD, Entry,
             codec::{self, LaneName},
@@ -206,7 +207,6 @@ impl Task {
         stop: CancellationToken,
         until: oneshot::Receiver<Instant>,
     ) -> Left {
-        let mut until = Some(until);
         loop {
             self.advance();
             self.show();
@@ -233,11 +233,8 @@ impl Task {
         while let Ok(ask) = self.asks.try_recv() {
             self.refuse(ask);
         }
-        let until = match until.take() {
-            // A hub that was dropped waits for nothing.
-            Some(told) => told.await.unwrap_or_else(|_| Instant::now()),
-            None => Instant::now(),
-        };
+        // A hub that was dropped waits for nothing.
+        let until = until.await.unwrap_or_else(|_| Instant::now());
         let ended = tokio::time::timeout_at(until, async {
             while let Some((number, held, outcome)) = self.publishing.next().await {
                 self.published(number, held, outcome);
@@ -518,21 +515,7 @@ impl Task {
         } = add;
         let message = &held.entry.message;
         let (id, persistent) = (message.id.clone(), message.is_persistent());
-        let waiting = Waiting {
-            name: Name {
-                topic: held.lane.topic.clone(),
-                id: id.clone(),
-                copy: held.entry.marks.reprocess,
-            },
-            kind: message.kind.clone(),
-            due,
-            next: due,
-            failures: 0,
-            error: None,
-            size: message.size() + ENTRY_OVERHEAD,
-            body: (),
-            in_hand: false,
-        };
+        let waiting = Waiting::of(&held.lane.topic, &held.entry, due);
         let record = self
             .store
             .as_ref()
@@ -638,13 +621,31 @@ impl Task {
 
     fn refuse(&self, ask: Ask) {
         if let Ask::Add(add) = ask {
-            let closing = Error::new(
-                ErrorCode::OperationCanceled,
-                "the hub is shutting down and accepts nothing new",
-            );
-            reply(add.answer, add.seen, Err(closing));
+            reply(add.answer, add.seen, Err(shutting_down()));
         }
         // The others see that nobody answers.
+    }
+}
+
+impl Waiting<()> {
+    /// A message that has not been tried yet.
+    pub(super) fn of(topic: &Topic, entry: &Entry, due: Timestamp) -> Self {
+        let message = &entry.message;
+        Self {
+            name: Name {
+                topic: topic.clone(),
+                id: message.id.clone(),
+                copy: entry.marks.reprocess,
+            },
+            kind: message.kind.clone(),
+            due,
+            next: due,
+            failures: 0,
+            error: None,
+            size: message.size() + ENTRY_OVERHEAD,
+            body: (),
+            in_hand: false,
+        }
     }
 }
 
