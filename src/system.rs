@@ -60,7 +60,7 @@ impl MessagingSystem {
     /// A system that is not connected yet.
     #[must_use]
     pub fn new(config: MessagingConfig) -> Self {
-        let topology = Arc::new(config.topology.clone());
+        let topology = Arc::new(config.wanted_topology());
         let mut settings = config.hub.clone();
         settings.fallback_enabled &= config.fallback.enabled;
         let limit = usize::try_from(config.max_message_bytes).unwrap_or(usize::MAX);

@@ -14,6 +14,7 @@
 
 mod broker_type;
 pub mod consumer;
+mod delays;
 pub mod delivery;
 pub mod direct;
 pub mod dispatch;
@@ -27,6 +28,7 @@ mod traits;
 
 pub use broker_type::BrokerType;
 pub use consumer::{ConnectionState, Consumer, ConsumerControl, RetryMode, Source};
+pub use delays::Delays;
 pub use delivery::{Delivery, Received, Settlement, Verdict};
 pub use handler::{
     BatchHandler, Blame, Handler, HandlerError, HandlerFuture, ReadyFuture, ServiceHandler, Turn,

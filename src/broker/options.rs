@@ -166,8 +166,15 @@ pub struct SubscribeOptions {
     pub max_retries: Option<u32>,
     /// Default: the route's tier (tasks 60 s, events 1 s).
     pub retry_delay: Option<Duration>,
-    /// How long a handler may take. Default: no limit.
+    /// How long a handler may take. Default: no limit. RabbitMQ waits for an ack
+    /// for 30 minutes (`consumer_timeout`), so more is refused there, unless
+    /// `long_running` is set.
     pub handler_timeout: Option<Duration>,
+    /// Through a hub, tasks of one queue at RabbitMQ: each is handed over to the
+    /// hub's own disk and acked before its handler runs, which may take as long
+    /// as it likes. Default false, or as the route says. Needs a data folder.
+    /// Danger: what was handed over waits for this hub if it dies.
+    pub long_running: bool,
     /// Where a reader without a group starts.
     pub start: StartFrom,
     /// Stream reads: bytes to wait for (default 1), bytes at most (10 MiB), how
@@ -197,6 +204,7 @@ impl Default for SubscribeOptions {
             max_retries: None,
             retry_delay: None,
             handler_timeout: None,
+            long_running: false,
             start: StartFrom::Latest,
             stream: StreamOptions::default(),
         }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::schema::SchemaSettings;
 use crate::{
-    broker::{BrokerType, Compression},
+    broker::{BrokerType, Compression, Delays},
     topic::{Pattern, Topic},
 };
 
@@ -152,8 +152,8 @@ pub struct CompressionSettings {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RetrySettings {
-    /// Delay of a failed task. Default 60 s, the retry queue's TTL, and must be
-    /// equal to it where RabbitMQ serves tasks.
+    /// Delay of a failed task. Default 60 s. RabbitMQ gets a retry queue for each
+    /// delay that its routes name.
     #[serde(with = "crate::duration")]
     pub task_delay: Duration,
     /// Delay of a failed event. Default 1 s.
@@ -184,9 +184,20 @@ pub struct RouteSettings {
     /// makes an outage of the primary the caller's, for these topics.
     #[serde(default = "yes")]
     pub spool: bool,
-    /// Delay of a failed message. Default by kind, from `retry`.
-    #[serde(default, with = "optional_duration")]
-    pub retry_delay: Option<Duration>,
+    /// Delay of a failed message, or one for each of its retries (`[5s, 1m]`; the
+    /// last holds for further ones). Default by kind, from `retry`. On RabbitMQ
+    /// each is a retry queue of its own.
+    #[serde(default)]
+    pub retry_delay: Option<Delays>,
+    /// Where a group's failed event rests. Default `lane`. For events only.
+    #[serde(default)]
+    pub retry_by: RetryBy,
+    /// Tasks of RabbitMQ that may take longer than it waits for an ack (30 minutes,
+    /// its `consumer_timeout`): each is handed over to this hub's disk and acked
+    /// before it is handled, or leased. Default false. Needs a data folder.
+    /// Danger: what was handed over waits for this hub if it dies.
+    #[serde(default)]
+    pub long_running: bool,
     /// Compression of payloads. Default: `hub.compression`, over Kafka
     /// `kafka.compression`.
     #[serde(default)]
@@ -239,6 +250,20 @@ pub enum DuringOutage {
     Hold,
 }
 
+/// Where a group's failed event rests until it is tried again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RetryBy {
+    /// In front of its key: what is behind it in the key waits, so that order is
+    /// kept; other keys go on.
+    #[default]
+    Lane,
+    /// In a topic of the group's own for each delay (`hub-retry.GROUP.5s`), read
+    /// by the group's members: nothing waits behind it, and it outlives its
+    /// reader. Danger: a retry comes after what followed it in its key.
+    Topic,
+}
+
 impl RouteSettings {
     /// A route with the defaults of its kind.
     #[must_use]
@@ -250,6 +275,8 @@ impl RouteSettings {
             during_outage: None,
             spool: true,
             retry_delay: None,
+            retry_by: RetryBy::Lane,
+            long_running: false,
             schema: None,
             canary: None,
             compression: None,
@@ -385,33 +412,11 @@ const fn ten_seconds() -> Duration {
     Duration::from_secs(10)
 }
 
-mod optional_duration {
-    use std::time::Duration;
-
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    #[derive(Deserialize)]
-    struct Wrapped(#[serde(with = "crate::duration")] Duration);
-
-    pub(super) fn serialize<S: Serializer>(d: &Option<Duration>, s: S) -> Result<S::Ok, S::Error> {
-        match d {
-            Some(d) => crate::duration::serialize(d, s),
-            None => s.serialize_none(),
-        }
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        d: D,
-    ) -> Result<Option<Duration>, D::Error> {
-        Ok(Option::<Wrapped>::deserialize(d)?.map(|w| w.0))
-    }
-}
-
 /// `task.*.#` needs a word after the dot: `task` alone is no task prefix, while
 /// `tasks` alone is a queue that people use.
 const DEFAULT_ROUTES: &[(&str, RouteKind)] = &[
     ("helixagent.tasks.#", RouteKind::Task),
-    ("helixagent.retry", RouteKind::Task),
+    ("helixagent.retry.#", RouteKind::Task),
     ("helixagent.dlq", RouteKind::Task),
     ("tasks.#", RouteKind::Task),
     ("task.*.#", RouteKind::Task),

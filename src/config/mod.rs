@@ -21,19 +21,20 @@ mod validate;
 mod variables;
 mod weakened;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde::Serialize;
 
 use crate::{
     adapter::{kafka::KafkaConfig, rabbitmq::RabbitMqConfig},
+    broker::BrokerType,
     error::{Error, ErrorCode, Result},
     topology::{Topology, TopologyMode},
 };
 
 pub use hub::{
     BreakerSettings, CanarySettings, CompressionSettings, DuringOutage, HedgeSettings, HubSettings,
-    RetrySettings, RouteKind, RouteSettings, ScheduleSettings, Share, SpoolSettings,
+    RetryBy, RetrySettings, RouteKind, RouteSettings, ScheduleSettings, Share, SpoolSettings,
     WindowSettings,
 };
 pub use schema::{CheckAt, RegistrySettings, SchemaFormat, SchemaSettings, SchemasSettings};
@@ -163,6 +164,33 @@ impl MessagingConfig {
     #[must_use]
     pub fn active_kafka(&self) -> Option<&KafkaConfig> {
         self.kafka.as_ref().filter(|k| self.enabled && k.enabled)
+    }
+
+    /// What should exist on the brokers: [`Self::topology`], and at RabbitMQ a
+    /// retry queue for each delay of a task route, unless the topology is ignored.
+    #[must_use]
+    pub fn wanted_topology(&self) -> Topology {
+        let topology = self.topology.clone();
+        if self.active_rabbitmq().is_none() || self.topology_mode == TopologyMode::Ignore {
+            return topology;
+        }
+        topology.with_retry_tiers(self.task_delays())
+    }
+
+    /// How long failed tasks of RabbitMQ's rest, by whichever route.
+    fn task_delays(&self) -> impl Iterator<Item = Duration> {
+        let settings = &self.hub.retry;
+        let tasks = |r: &RouteSettings| {
+            r.kind == RouteKind::Task && matches!(r.primary, None | Some(BrokerType::RabbitMq))
+        };
+        self.hub
+            .effective_routes()
+            .into_iter()
+            .filter(tasks)
+            .flat_map(|r| match r.retry_delay {
+                Some(delays) => delays.iter().collect::<Vec<_>>(),
+                None => vec![settings.task_delay],
+            })
     }
 
     /// The folder for what survives the process, unless memory was asked for.

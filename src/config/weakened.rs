@@ -91,6 +91,13 @@ fn hub(hub: &HubSettings, found: &mut Found) {
             "while its broker is away its publishes fail",
         );
     }
+    for route in hub.routes.iter().filter(|r| r.long_running) {
+        found.add(
+            format!("the route {} is long_running", route.pattern),
+            "C2",
+            "its tasks are kept by this hub's disk alone while they are handled; should the hub die, they wait for its return",
+        );
+    }
 }
 
 fn rabbit(rabbitmq: &RabbitMqConfig, found: &mut Found) {

@@ -287,6 +287,7 @@ pub(super) mod tests {
                     first: Timestamp::from_millis(1),
                     last: Timestamp::from_millis(last),
                     original_topic: "tasks.x".to_owned(),
+                    retries: 0,
                 })),
                 reprocess: 1,
                 ..Marks::default()

@@ -239,6 +239,7 @@ fn received(letter: &DeadLetter, most: usize) -> Result<Received> {
                 first: letter.first_failure,
                 last: letter.last_failure,
                 original_topic: topic.to_owned(),
+                retries: 0,
             })),
             replay: letter.replay.clone().map(Box::new),
             reprocess: letter.reprocessed,

@@ -82,7 +82,7 @@ fn admit(
             match looked {
                 Ok(Err(error)) => {
                     settings.recorder.messages_failed.inc();
-                    bury(vec![delivery], &error, settings);
+                    bury(vec![delivery], &error, 0, settings);
                 }
                 // What cannot be judged is no reason to skip it, either.
                 Ok(Ok(())) | Err(_) => held.push(delivery),
@@ -142,35 +142,34 @@ async fn handle(
         if consumer.retry == RetryMode::InLane && batch.iter().any(&may_retry) {
             // Those without an attempt left go; the others stay in their order.
             let (again, over): (Vec<_>, Vec<_>) = batch.into_iter().partition(&may_retry);
-            bury(over, &error, settings);
+            bury(over, &error, attempts, settings);
             batch = again;
             attempt += 1;
             settings.recorder.messages_retried.add(batch.len() as u64);
+            let rest = settings.retry_delays.after(attempts);
             tokio::select! {
-                () = tokio::time::sleep(settings.retry_delay) => continue,
+                () = tokio::time::sleep(rest) => continue,
                 () = consumer.control.stopping() => return,
             }
         }
         let (again, over): (Vec<_>, Vec<_>) = batch
             .into_iter()
             .partition(|d| consumer.retry == RetryMode::Broker && may_retry(d));
-        bury(over, &error, settings);
+        bury(over, &error, attempts, settings);
         for delivery in again {
             settings.recorder.messages_retried.inc();
             let failure = failure(&delivery, &error);
-            delivery.settle_now(Verdict::Retry {
-                delay: settings.retry_delay,
-                failure,
-            });
+            let delay = settings.retry_delays.after(delivery.retry_count);
+            delivery.settle_now(Verdict::Retry { delay, failure });
         }
         return;
     }
 }
 
-fn bury(batch: Vec<Delivery>, error: &HandlerError, settings: &DispatchSettings) {
+fn bury(batch: Vec<Delivery>, error: &HandlerError, attempts: u32, settings: &DispatchSettings) {
     for delivery in batch {
         settings.recorder.messages_dead_lettered.inc();
-        let failure = failure(&delivery, error);
+        let failure = failure(&delivery, error).after(delivery.retry_count + attempts);
         delivery.settle_now(Verdict::DeadLetter { failure });
     }
 }

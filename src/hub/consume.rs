@@ -11,14 +11,14 @@ use super::{
     MessagingHub, Running,
     group::Group,
     lane::machine::Local as Hands,
-    local_of, lock,
+    local_of, lock, resting,
     route::{Route, RouteKind},
     span::{self, Local},
 };
 use crate::{
     broker::{
-        BatchHandler, BrokerType, Consumer, Delivery, Handler, Source, StartFrom, SubscribeOptions,
-        Subscription, Verdict,
+        BatchHandler, BrokerType, Consumer, Delays, Delivery, Handler, Source, StartFrom,
+        SubscribeOptions, Subscription, Verdict,
         dispatch::{self, DispatchSettings},
     },
     error::{Error, ErrorCode, Result},
@@ -136,7 +136,7 @@ impl MessagingHub {
         let guard = ended.clone().drop_guard();
         let mut settings = DispatchSettings::new(&source, &options, &self.0.recorder);
         if options.retry_delay.is_none() {
-            settings.retry_delay = self.retry_delay(&source);
+            settings.retry_delays = self.retry_delays(&source);
         }
         let give_up = settings.give_up.clone();
         let task = self.0.tasks.spawn(async move {
@@ -334,7 +334,12 @@ impl MessagingHub {
         {
             broker.ensure(source).await?;
         }
-        let primary = broker.consume(source, options).await?;
+        let primary = if self.hands_over(&route, options) {
+            self.consume_long(&*broker, source, options).await?
+        } else {
+            broker.consume(source, options).await?
+        };
+        let primary = self.with_resting(primary, source, options).await?;
         let away = route.primary != BrokerType::InMemory;
         let local = (away && route.spool).then(|| match (source, &options.group_id) {
             (Source::Queue(_), _) if local_of(&route) == Hands::Consumers => {
@@ -367,6 +372,7 @@ impl MessagingHub {
             closing: self.0.closing.clone(),
             buffer: options.buffer_size,
             most: self.0.max_message_bytes,
+            passes_resting: !resting::is_resting(source.pattern().as_str()),
             #[cfg(feature = "schema")]
             checks: self.checks(),
         });
@@ -392,7 +398,7 @@ impl MessagingHub {
         let control = consumer.control.clone();
         let mut settings = DispatchSettings::new(&source, &options, &self.0.recorder);
         if options.retry_delay.is_none() {
-            settings.retry_delay = self.retry_delay(&source);
+            settings.retry_delays = self.retry_delays(&source);
         }
         let give_up = settings.give_up.clone();
         let ended = CancellationToken::new();
@@ -422,22 +428,22 @@ impl MessagingHub {
         all.push(running);
     }
 
-    fn retry_delay(&self, source: &Source) -> Duration {
+    pub(super) fn retry_delays(&self, source: &Source) -> Delays {
         let retry = &self.0.config.retry;
-        if let Ok(Some(delay)) = self.route_of(source.pattern()).map(|r| r.retry_delay) {
-            return delay;
+        if let Ok(Some(delays)) = self.route_of(source.pattern()).map(|r| r.retry_delay) {
+            return delays;
         }
-        match source {
+        Delays::every(match source {
             Source::Queue(_) => retry.task_delay,
             Source::Stream(_) => retry.event_delay,
-        }
+        })
     }
 
     fn pattern(&self, text: &str) -> Result<Pattern> {
         Pattern::new(self.0.topology.canonical(text))
     }
 
-    fn route_of(&self, pattern: &Pattern) -> Result<Route> {
+    pub(super) fn route_of(&self, pattern: &Pattern) -> Result<Route> {
         lock(&self.0.routes)
             .of_pattern(pattern)
             .map(|(_, r)| r.clone())

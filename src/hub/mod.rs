@@ -37,13 +37,16 @@ mod intake;
 #[cfg(feature = "journal")]
 mod keep;
 mod lane;
+mod long_running;
 mod metrics;
 pub mod operator;
 mod publish;
 mod publisher;
+mod relay;
 #[cfg(feature = "journal")]
 mod remember;
 mod replay;
+mod resting;
 pub mod route;
 pub mod schedule;
 #[cfg(feature = "schema")]
@@ -87,7 +90,7 @@ use self::{
         task::{LaneHandle, Readers},
     },
     publish::TopicEntry,
-    route::{DuringOutage, Route, RouteKind, RouteTable},
+    route::{DuringOutage, RetryBy, Route, RouteKind, RouteSettings, RouteTable},
     spool::{Budget, codec::LaneName},
     state::{CanaryState, StateChange, Weakness},
 };
@@ -376,11 +379,14 @@ impl MessagingHub {
             RouteKind::Task => brokers.task.as_ref().or(brokers.fallback.as_ref()),
             RouteKind::Event => brokers.event.as_ref().or(brokers.fallback.as_ref()),
         };
-        let routes = self
-            .0
-            .config
-            .effective_routes()
+        let settings = self.0.config.effective_routes();
+        // Whatever covers everything must not decide where failed events rest.
+        let rests = settings.iter().any(|r| r.retry_by == RetryBy::Topic);
+        let resting = rests.then(|| Pattern::new(resting::PATTERN).ok()).flatten();
+        let routes = resting
+            .map(|pattern| RouteSettings::new(pattern, RouteKind::Event))
             .into_iter()
+            .chain(settings)
             .filter_map(|r| {
                 let primary = match r.primary {
                     Some(kind) => Some(kind),
@@ -399,6 +405,8 @@ impl MessagingHub {
                     spool,
                     during_outage,
                     retry_delay: r.retry_delay,
+                    retry_by: r.retry_by,
+                    long_running: r.long_running,
                     compression: r.compression,
                 })
             });

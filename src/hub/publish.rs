@@ -25,6 +25,7 @@ use super::{
     },
     local_of, lock,
     publisher::{Pending, Publisher, State},
+    resting,
     route::{Route, RouteKind},
     schedule,
     spool::{ENTRY_OVERHEAD, Entry, LaneLeft, codec::LaneName},
@@ -96,8 +97,8 @@ impl MessagingHub {
             .await
     }
 
-    /// Publishes the copy of a dead letter. It passes the window of accepted
-    /// ids, which may know its id from before.
+    /// Publishes the copy of a dead letter, or of what failed and rests. It passes
+    /// the window of accepted ids, which knows its id from before.
     pub(super) async fn publish_again(
         &self,
         topic: &Topic,
@@ -240,7 +241,8 @@ impl MessagingHub {
         }
         // The copy of a letter that cannot be expanded here goes on as it stands,
         // with the mark that no publisher may set.
-        let packed = (marks.reprocess > 0 && compression::is_marked(&message))
+        let again = marks.reprocess > 0 || marks.failure.is_some();
+        let packed = (again && compression::is_marked(&message))
             .then(|| message.headers.remove(COMPRESSED))
             .flatten();
         message
@@ -285,7 +287,7 @@ impl MessagingHub {
         }
         let compression = self.compression(&entry, options)?;
         self.compress(&mut message, compression.hub).await;
-        let seen = if message.id.is_generated() || marks.reprocess > 0 {
+        let seen = if message.id.is_generated() || again {
             None
         } else {
             match self.0.accepted.offer(topic, &message.id)? {
@@ -565,6 +567,8 @@ impl MessagingHub {
         let window = entry.broker.window();
         let ensure = match config.auto_declare {
             Some(true) => Some(self.source(entry)),
+            // Nobody else makes the topics of failed events.
+            _ if resting::is_resting(&entry.topic) => Some(self.source(entry)),
             // The embedded broker makes what is missing by itself.
             _ => None,
         };

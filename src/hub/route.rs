@@ -1,13 +1,11 @@
 //! Routing: which broker a topic belongs to. Pure; resolved once per topic.
 
-use std::time::Duration;
-
 use crate::{
-    broker::{BrokerType, Compression},
+    broker::{BrokerType, Compression, Delays},
     topic::Pattern,
 };
 
-pub use crate::config::{DuringOutage, RouteKind, RouteSettings};
+pub use crate::config::{DuringOutage, RetryBy, RouteKind, RouteSettings};
 
 /// One route: topics that are treated alike.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,8 +20,12 @@ pub struct Route {
     pub spool: bool,
     /// Who gets spooled messages during an outage.
     pub during_outage: DuringOutage,
-    /// Delay of a failed message; none: the kind's.
-    pub retry_delay: Option<Duration>,
+    /// Delays of a failed message; none: the kind's.
+    pub retry_delay: Option<Delays>,
+    /// Where a group's failed event rests.
+    pub retry_by: RetryBy,
+    /// Its tasks may take longer than RabbitMQ waits for an ack.
+    pub long_running: bool,
     /// Compression of payloads; none: the hub's, or the broker's.
     pub compression: Option<Compression>,
 }
@@ -92,6 +94,8 @@ mod tests {
                     spool: false,
                     during_outage: DuringOutage::Hold,
                     retry_delay: None,
+                    retry_by: RetryBy::Lane,
+                    long_running: false,
                     compression: None,
                 })
                 .collect(),

@@ -22,7 +22,7 @@ use super::{
     group::{Group, Lease, Taken},
     handover::hand_over,
     lane::task::{Reader, Readers},
-    pending as waited,
+    pending as waited, resting,
 };
 use crate::broker::{
     ConnectionState, Consumer, ConsumerControl, Delivery, Received, Settlement, Verdict,
@@ -47,6 +47,8 @@ pub(crate) struct Parts {
     pub(crate) buffer: usize,
     /// Bytes that a payload may have once it is expanded.
     pub(crate) most: usize,
+    /// It covers topics by chance in which other groups' failed events rest.
+    pub(crate) passes_resting: bool,
     /// What payloads must look like; none: anything.
     #[cfg(feature = "schema")]
     pub(crate) checks: Option<Checks>,
@@ -282,6 +284,10 @@ impl Span {
         #[cfg_attr(not(feature = "schema"), allow(unused_mut))]
         let mut batch = batch.into_iter();
         while let Some(delivery) = batch.next() {
+            if self.parts.passes_resting && resting::is_resting(&delivery.topic) {
+                delivery.settle_now(Verdict::Ack);
+                continue;
+            }
             let Some(delivery) = expanded(delivery, self.parts.most) else {
                 continue;
             };

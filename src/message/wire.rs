@@ -133,6 +133,9 @@ pub struct Failure {
     pub last: Timestamp,
     /// The topic or queue it failed in.
     pub original_topic: String,
+    /// Retries, of which its source knows nothing where they were made in the
+    /// reader's hands. The letter's `retry_count` says so; this does not travel.
+    pub retries: u32,
 }
 
 impl Failure {
@@ -151,6 +154,30 @@ impl Failure {
             first: earlier.map_or(now, |f| f.first),
             last: now,
             original_topic: earlier.map_or_else(|| topic.to_owned(), |f| f.original_topic.clone()),
+            retries: 0,
+        }
+    }
+}
+
+impl Failure {
+    /// The failure of a message that was retried so often.
+    #[must_use]
+    pub fn after(self, retries: u32) -> Self {
+        Self { retries, ..self }
+    }
+
+    /// Counts on a letter the retries of which its source knew nothing.
+    pub(crate) fn count_on(&self, letter: &mut Message) {
+        letter.retry_count = letter.retry_count.max(self.retries);
+    }
+
+    /// What went wrong, for people.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        if self.details.is_empty() {
+            &self.reason
+        } else {
+            &self.details
         }
     }
 }
@@ -292,6 +319,7 @@ pub fn decode<'a>(
                 first: message.timestamp,
                 last: message.timestamp,
                 original_topic: String::new(),
+                retries: 0,
             });
             set_failure(f, rest, value);
         } else {

@@ -3,7 +3,9 @@
 //! to depend on the environment: the same everywhere, and spelled out once more
 //! for people in `configs/messaging.yaml`.
 
-use super::{Binding, ExchangeKind, ExchangeSpec, QueueSpec, TopicSpec, Topology};
+use std::time::Duration;
+
+use super::{Binding, ExchangeKind, ExchangeSpec, QueueSpec, TopicSpec, Topology, resting};
 use crate::broker::{QueueOptions, TopicOptions};
 
 impl Topology {
@@ -81,21 +83,11 @@ fn task_queue(short: &str, max_priority: Option<u8>) -> QueueSpec {
     }
 }
 
-/// Holds a failed task for its delay and gives it back. The dead-letter exchange
-/// is the default one and there is no dead-letter key, so a message returns to
-/// the queue whose full name is its routing key, whatever that queue is. With a
-/// fixed key it would vanish after its delay. `at-least-once` needs
-/// `reject-publish`.
+/// Holds a failed task for a minute and gives it back.
 fn retry_queue() -> QueueSpec {
     QueueSpec {
         name: RETRY.to_owned(),
-        options: QueueOptions {
-            dead_letter_exchange: Some(String::new()),
-            message_ttl_ms: Some(60_000),
-            overflow: Some("reject-publish".to_owned()),
-            dead_letter_strategy: Some("at-least-once".to_owned()),
-            ..QueueOptions::default()
-        },
+        options: resting(RETRY_DELAY),
         bindings: vec![binding(RETRY, "#")],
         aliases: Vec::new(),
     }
@@ -161,5 +153,6 @@ const DEAD_LETTERS: &str = "helixagent.dlx";
 const DEAD_LETTER_KEY: &str = "dlq";
 const DEAD_LETTER_QUEUE: &str = "helixagent.dlq";
 const RETRY: &str = "helixagent.retry";
+const RETRY_DELAY: Duration = Duration::from_secs(60);
 const HOUR: i64 = 3600 * 1000;
 const DAY: i64 = 24 * HOUR;

@@ -3,8 +3,10 @@
 
 mod defaults;
 mod drift;
+mod retry;
 mod spec;
 mod validate;
 
 pub use drift::{Drift, TopologyMode, TopologyReport};
+pub use retry::{RetryTier, resting};
 pub use spec::{AmqpAddress, Binding, ExchangeKind, ExchangeSpec, QueueSpec, TopicSpec, Topology};

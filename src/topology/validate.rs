@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{ExchangeKind, QueueSpec, TopicSpec, Topology};
+use super::{Binding, ExchangeKind, QueueSpec, TopicSpec, Topology};
 use crate::{
     broker::{QueueOptions, QueueType},
     topic::{Pattern, Topic},
@@ -246,7 +246,8 @@ impl Topology {
     /// place, or nowhere.
     fn check_retry(&self, exchange: &str, found: &mut Found) {
         for (i, queue) in self.queues.iter().enumerate() {
-            if !queue.bindings.iter().any(|b| b.exchange == exchange) {
+            let rests = |b: &Binding| b.exchange == exchange || self.is_tier_exchange(&b.exchange);
+            if !queue.bindings.iter().any(rests) {
                 continue;
             }
             let path = format!("queues[{i}].options");

@@ -313,6 +313,7 @@ impl State {
             expiration: None,
             partition: None,
             offset: None,
+            retry_count: message.retry_count.max(failure.retries),
             ..(*message).clone()
         });
         match self.append(

@@ -546,6 +546,7 @@ mod reading {
                 first: Timestamp::from_millis(self.first),
                 last: Timestamp::from_millis(self.last),
                 original_topic: self.topic.into_owned(),
+                retries: 0,
             }
         }
     }

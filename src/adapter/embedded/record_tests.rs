@@ -57,6 +57,7 @@ fn full() -> Content {
                 first: at(5),
                 last: at(6),
                 original_topic: "tasks.x".into(),
+                retries: 0,
             })),
             replay: Some(Box::new(Replayed {
                 of: "first".into(),

@@ -234,6 +234,7 @@ impl Backend {
         let mut message = Message::clone(&received.message);
         message.partition = None;
         message.state = MessageState::DeadLettered;
+        failure.count_on(&mut message);
         message.error = Some(failure.details.clone());
         let mut marks = (*received.marks).clone();
         marks.failure = Some(Box::new(failure));

@@ -18,13 +18,13 @@ use super::{
     reader::{Queue, Reader},
     session::Plan,
     shared::Shared,
-    topology,
 };
 use crate::{
     broker::{
         Consumer, ConsumerControl, OffsetReset, RetryMode, Source, StartFrom, StreamOptions,
         SubscribeOptions,
     },
+    duration,
     error::Result,
     topic::{Pattern, Topic},
 };
@@ -193,13 +193,12 @@ impl Group {
 /// rest: retries and dead letters are read by name only.
 fn matching(shared: &Shared, pattern: &Pattern) -> Vec<String> {
     let topology = &shared.topology;
-    let retry = topology::retry_queue(topology).map(|q| q.name.as_str());
     let known = topology.queues.iter().map(|q| q.name.clone());
     let mut names: Vec<String> = known.chain(shared.declared().into_keys()).collect();
     names.sort_unstable();
     names.dedup();
     names.retain(|n| {
-        pattern.matches(n) && Some(n.as_str()) != retry && !topology.keeps_dead_letters(n)
+        pattern.matches(n) && !topology.is_retry_queue(n) && !topology.keeps_dead_letters(n)
     });
     names
 }
@@ -268,11 +267,14 @@ fn check(shared: &Shared, source: &Source, options: &SubscribeOptions) -> Result
             ));
         }
     }
+    if options.long_running {
+        return refuse("long_running is the hub's to do; subscribe through a hub".to_owned());
+    }
     if let Some(limit) = options.handler_timeout
         && limit > CONSUMER_TIMEOUT
     {
         return refuse(format!(
-            "RabbitMQ closes a channel whose delivery is unsettled for {CONSUMER_TIMEOUT:?} (consumer_timeout); handler_timeout {limit:?} is longer"
+            "RabbitMQ closes a channel whose delivery is unsettled for {CONSUMER_TIMEOUT:?} (consumer_timeout); handler_timeout {limit:?} is longer: set long_running, which hands each task over to the hub's own disk first"
         ));
     }
     if options.prefetch == 0 {
@@ -280,12 +282,18 @@ fn check(shared: &Shared, source: &Source, options: &SubscribeOptions) -> Result
     }
     match source {
         Source::Queue(pattern) => {
-            let tier = Duration::from_millis(topology::retry_tier_ms(&shared.topology));
             if let Some(delay) = options.retry_delay
-                && delay != tier
+                && shared.topology.retry_tier(delay).is_none()
             {
+                let tiers: Vec<String> = shared
+                    .topology
+                    .retry_tiers()
+                    .map(|tier| duration::format(tier.delay))
+                    .collect();
                 return refuse(format!(
-                    "retry_delay {delay:?}: failed tasks rest in the retry queue for {tier:?}, the only tier there is"
+                    "retry_delay {}: failed tasks rest in retry queues, and there are those of {}; choose one, or give it to a route",
+                    duration::format(delay),
+                    tiers.join(", ")
                 ));
             }
             if !options.queue_arguments.is_empty() && pattern.literal().is_none() {

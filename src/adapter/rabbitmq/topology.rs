@@ -2,6 +2,8 @@
 //! that exists with other arguments is ever touched: it is reported as drift,
 //! and the channel that the server closes over it is one made for the look.
 
+use std::time::Duration;
+
 use lapin::{
     Channel, ExchangeKind as AmqpKind,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
@@ -16,11 +18,11 @@ use super::{
     shared::Shared,
 };
 use crate::{
-    broker::{BrokerType, QueueOptions, QueueType},
+    broker::{BrokerType, QueueOptions},
     error::{Error, ErrorCode, Result},
     topology::{
         Binding, Drift, ExchangeKind, ExchangeSpec, QueueSpec, Topology, TopologyMode,
-        TopologyReport,
+        TopologyReport, resting,
     },
 };
 
@@ -40,19 +42,10 @@ pub(super) fn effective(wanted: &Topology) -> Topology {
             });
         }
     }
-    if retry_queue(&topology).is_none() {
+    if topology.retry_tiers().next().is_none() {
         topology.queues.push(QueueSpec {
             name: retry.clone(),
-            options: QueueOptions {
-                queue_type: Some(QueueType::Quorum),
-                message_ttl_ms: Some(RETRY_TTL_MS),
-                // To the queue that the routing key names. A key of its own
-                // here would send every message to one and the same place.
-                dead_letter_exchange: Some(String::new()),
-                dead_letter_strategy: Some("at-least-once".into()),
-                overflow: Some("reject-publish".into()),
-                ..QueueOptions::default()
-            },
+            options: resting(RETRY),
             bindings: vec![Binding {
                 exchange: retry,
                 routing_key: "#".into(),
@@ -69,22 +62,6 @@ pub(super) fn effective(wanted: &Topology) -> Topology {
         });
     }
     topology
-}
-
-/// The queue in which failed messages rest.
-pub(super) fn retry_queue(topology: &Topology) -> Option<&QueueSpec> {
-    let exchange = topology.retry_exchange();
-    topology
-        .queues
-        .iter()
-        .find(|q| q.bindings.iter().any(|b| b.exchange == exchange))
-}
-
-/// How long failed messages rest, in milliseconds.
-pub(super) fn retry_tier_ms(topology: &Topology) -> u64 {
-    retry_queue(topology)
-        .and_then(|q| q.options.message_ttl_ms)
-        .unwrap_or(RETRY_TTL_MS)
 }
 
 /// How a queue is made that nobody described: durable, replicated, with dead
@@ -378,7 +355,7 @@ fn declare_failed(why: String) -> Error {
 }
 
 /// How long a failed message rests where nothing else is set.
-const RETRY_TTL_MS: u64 = 60_000;
+const RETRY: Duration = Duration::from_secs(60);
 /// The most bytes of a name over AMQP.
 const MAX_NAME: usize = 255;
 
@@ -390,7 +367,7 @@ mod tests {
     fn the_retry_queue_returns_messages_to_the_queue_that_the_key_names() {
         // Fault 5: a dead-letter key of its own made messages vanish.
         let topology = effective(&Topology::default());
-        let queue = retry_queue(&topology).unwrap();
+        let queue = topology.retry_tiers().next().unwrap().queue;
         assert_eq!(queue.options.dead_letter_exchange.as_deref(), Some(""));
         assert_eq!(queue.options.dead_letter_routing_key, None);
         assert_eq!(queue.options.message_ttl_ms, Some(60_000));
@@ -403,6 +380,7 @@ mod tests {
         let mut wanted = effective(&Topology::default());
         wanted.queues[0].options.message_ttl_ms = Some(1_000);
         assert_eq!(effective(&wanted), wanted);
-        assert_eq!(retry_tier_ms(&wanted), 1_000);
+        let delay = wanted.retry_tiers().next().unwrap().delay;
+        assert_eq!(delay, Duration::from_secs(1));
     }
 }

@@ -3,7 +3,10 @@
 //! before it acks the original. Never nacks and hopes: a quorum queue drops a
 //! message that came back too often, so before that a copy takes its place.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use futures_util::{FutureExt, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
@@ -38,8 +41,8 @@ pub(super) struct Rerouted {
 /// Where a copy goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// To the retry queue, with the failure noted.
-    Retry,
+    /// To the retry queue of this delay, with the failure noted.
+    Retry(Duration),
     /// To the dead letters, with the failure noted.
     DeadLetter,
     /// To the end of its own queue, as it is.
@@ -95,9 +98,7 @@ impl Serving<'_> {
                     answer(done, Ok(()));
                 }
             }
-            // There is one tier, whose length consume() has checked: the delay
-            // is that of the retry queue.
-            Verdict::Retry { failure, .. } => {
+            Verdict::Retry { delay, failure } => {
                 let expired = self
                     .held
                     .get(&tag)
@@ -109,7 +110,7 @@ impl Serving<'_> {
                     };
                     self.reroute(tag, Way::DeadLetter, Some(failure), done);
                 } else {
-                    self.reroute(tag, Way::Retry, Some(failure), done);
+                    self.reroute(tag, Way::Retry(delay), Some(failure), done);
                 }
             }
             Verdict::DeadLetter { failure } => {
@@ -128,18 +129,18 @@ impl Serving<'_> {
         let mut message = (*held.message).clone();
         let mut marks = (*held.marks).clone();
         if let Some(failure) = failure {
-            message.error = Some(if failure.details.is_empty() {
-                failure.reason.clone()
-            } else {
-                failure.details.clone()
-            });
+            message.error = Some(failure.text().to_owned());
             marks.failure = Some(Box::new(failure));
         }
         let address = match way {
             Way::DeadLetter => (String::new(), topology.dead_letter_queue().to_owned()),
-            Way::Retry => {
+            Way::Retry(delay) => {
                 message.retry_count = message.retry_count.saturating_add(1);
-                (topology.retry_exchange().to_owned(), self.queue.to_owned())
+                // A delay without a tier comes only from who ignores the topology,
+                // and has a retry queue of their own.
+                let tier = topology.retry_tier(delay);
+                let exchange = tier.map_or(topology.retry_exchange(), |t| t.exchange);
+                (exchange.to_owned(), self.queue.to_owned())
             }
             Way::Back => (String::new(), self.queue.to_owned()),
         };
@@ -167,7 +168,7 @@ impl Serving<'_> {
             Ok(()) => {
                 match done.way {
                     Way::DeadLetter => recorder.messages_dead_lettered.inc(),
-                    Way::Retry => recorder.messages_retried.inc(),
+                    Way::Retry(_) => recorder.messages_retried.inc(),
                     Way::Back => recorder.messages_nacked.inc(),
                 }
                 self.held.remove(&done.tag);

@@ -183,6 +183,7 @@ pub(super) fn message(delivery: Delivery, queue: &str, stream: bool) -> (Message
             first: at,
             last: at,
             original_topic: death.queue,
+            retries: 0,
         }));
     }
     message.redelivered = delivery.redelivered;

@@ -151,7 +151,7 @@ impl Attempt {
         if !(error.retryable && settings.retry_on_error && message.retry_count < limit) {
             return self.dead_letter(failure, settings).await;
         }
-        let delay = settings.retry_delay;
+        let delay = settings.retry_delays.after(message.retry_count);
         match mode {
             RetryMode::InLane => {
                 settings.recorder.messages_retried.inc();
@@ -198,6 +198,7 @@ impl Attempt {
             self.received.topic.as_str(),
             self.received.marks.failure.as_deref(),
         )
+        .after(self.received.message.retry_count)
     }
 }
 

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    broker::{Source, SubscribeOptions, options::Filter},
+    broker::{Delays, Source, SubscribeOptions, options::Filter},
     metrics::MetricsRecorder,
 };
 
@@ -29,7 +29,7 @@ pub struct DispatchSettings {
     /// Overrides the message's own limit.
     pub max_retries: Option<u32>,
     /// How long a failed message rests.
-    pub retry_delay: Duration,
+    pub retry_delays: Delays,
     /// How long a handler may take.
     pub handler_timeout: Option<Duration>,
     /// Where it is counted.
@@ -71,7 +71,7 @@ impl DispatchSettings {
             auto_ack: options.auto_ack,
             retry_on_error: options.retry_on_error,
             max_retries: options.max_retries,
-            retry_delay: options.retry_delay.unwrap_or(retry_delay),
+            retry_delays: Delays::every(options.retry_delay.unwrap_or(retry_delay)),
             handler_timeout: options.handler_timeout,
             recorder: recorder.clone(),
             give_up: CancellationToken::new(),

@@ -4,13 +4,13 @@
 
 mod brokers;
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeSet, fmt, time::Duration};
 
 use super::{
-    CanarySettings, DuringOutage, HAS_TCP_GATEWAY, MessagingConfig, RouteKind, RouteSettings,
-    SchemaSettings, settings::split_address,
+    CanarySettings, DuringOutage, HAS_TCP_GATEWAY, MessagingConfig, RetryBy, RouteKind,
+    RouteSettings, SchemaSettings, settings::split_address,
 };
-use crate::{broker::BrokerType, compression::unusable, topology::TopologyMode};
+use crate::{broker::BrokerType, compression::unusable};
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,10 +40,7 @@ impl MessagingConfig {
         self.check_registry(&mut found);
         if let Some(rabbitmq) = &self.rabbitmq {
             brokers::rabbitmq(rabbitmq, &mut found);
-            // Whoever ignores the topology has retry queues of their own.
-            if self.topology_mode != TopologyMode::Ignore {
-                self.check_retry_delay(&mut found);
-            }
+            self.check_retry_delays(&mut found);
         }
         if let Some(kafka) = &self.kafka {
             brokers::kafka(kafka, &mut found);
@@ -176,6 +173,18 @@ impl MessagingConfig {
                     "Kafka has no task queues; use rabbitmq or inmemory, or kind: event",
                 );
             }
+            if route.retry_by == RetryBy::Topic && route.kind == RouteKind::Task {
+                found.add(
+                    format!("{path}.retry_by"),
+                    "topic is for events; failed tasks rest in a queue anyway",
+                );
+            }
+            if route.long_running && route.kind == RouteKind::Event {
+                found.add(
+                    format!("{path}.long_running"),
+                    "is for tasks; an event's reader may take as long as it likes",
+                );
+            }
             if let Some(schema) = &route.schema {
                 self.check_schema(&format!("{path}.schema"), schema, found);
             }
@@ -232,49 +241,29 @@ impl MessagingConfig {
         }
     }
 
-    /// The delay of tasks is the TTL of RabbitMQ's retry queue.
-    fn check_retry_delay(&self, found: &mut Found) {
-        let exchange = self.topology.retry_exchange();
-        let tiers: Vec<u64> = self
-            .topology
-            .queues
-            .iter()
-            .filter(|q| q.bindings.iter().any(|b| b.exchange == exchange))
-            .filter_map(|q| q.options.message_ttl_ms)
-            .collect();
-        let fits = |delay: Duration| {
-            tiers
-                .iter()
-                .any(|ttl| u128::from(*ttl) == delay.as_millis())
-        };
-        let known = || {
-            let list: Vec<String> = tiers
-                .iter()
-                .map(|ttl| crate::duration::format(Duration::from_millis(*ttl)))
-                .collect();
-            format!(
-                "must be the message_ttl_ms of a retry queue in the topology ({})",
-                if list.is_empty() {
-                    "there is none".to_owned()
-                } else {
-                    list.join(", ")
-                }
-            )
-        };
-        if !fits(self.hub.retry.task_delay) {
-            found.add("hub.retry.task_delay", known());
+    /// Each delay of tasks is a retry queue at RabbitMQ.
+    fn check_retry_delays(&self, found: &mut Found) {
+        let delays: BTreeSet<Duration> = self.task_delays().collect();
+        if delays.iter().any(|d| d.as_millis() == 0) {
+            found.add(
+                "hub.retry",
+                "a failed task rests for a millisecond at least: RabbitMQ's retry queues count in them",
+            );
         }
-        for (i, route) in self.hub.routes.iter().enumerate() {
-            let on_rabbitmq = matches!(route.primary, None | Some(BrokerType::RabbitMq));
-            if route.kind == RouteKind::Task
-                && on_rabbitmq
-                && route.retry_delay.is_some_and(|delay| !fits(delay))
-            {
-                found.add(format!("hub.routes[{i}].retry_delay"), known());
-            }
+        if delays.len() > MOST_TIERS {
+            found.add(
+                "hub.routes",
+                format!(
+                    "{} different delays of tasks: each is a queue at RabbitMQ, and {MOST_TIERS} is the most; use fewer",
+                    delays.len()
+                ),
+            );
         }
     }
 }
+
+/// Retry queues at RabbitMQ at most.
+const MOST_TIERS: usize = 32;
 
 fn check_canary(path: &str, route: &RouteSettings, canary: &CanarySettings, found: &mut Found) {
     positive(canary.every, &format!("{path}.every"), found);

@@ -158,7 +158,7 @@ pub(super) async fn nack(
         match nack.retry {
             Retry::Now => Verdict::Requeue,
             Retry::Later if received.message.can_retry() => Verdict::Retry {
-                delay: app.retry_delay(&received.topic),
+                delay: app.retry_delay(&received.topic, received.message.retry_count),
                 failure: failure("nacked"),
             },
             Retry::Later | Retry::Never => Verdict::DeadLetter {

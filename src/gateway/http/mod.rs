@@ -125,13 +125,14 @@ impl App {
         &self.0.options
     }
 
-    /// How long a failed message of `topic` rests.
-    fn retry_delay(&self, topic: &str) -> Duration {
+    /// How long a failed message of `topic` rests that was retried `retries` times
+    /// before.
+    fn retry_delay(&self, topic: &str, retries: u32) -> Duration {
         let topic = self.topology().canonical(topic);
         let route = self.0.routes.iter().find(|r| r.pattern.matches(topic));
         let retry = &self.0.options.hub.retry;
-        match route.map(|r| (r.retry_delay, r.kind)) {
-            Some((Some(delay), _)) => delay,
+        match route.map(|r| (&r.retry_delay, r.kind)) {
+            Some((Some(delays), _)) => delays.after(retries),
             Some((None, RouteKind::Event)) => retry.event_delay,
             Some((None, RouteKind::Task)) | None => retry.task_delay,
         }

@@ -46,7 +46,10 @@ use crate::{
         spool::{LaneLeft, Seq, codec::LaneName, store::SpoolStore},
         state::{LaneState, RouteState, StateChange},
     },
-    message::{Message, MessageId, Timestamp, wire::Marks},
+    message::{
+        Message, MessageId, Timestamp,
+        wire::{Failure, Marks},
+    },
     metrics::MetricsRecorder,
     topic::{Pattern, Topic},
 };
@@ -589,6 +592,7 @@ impl Task {
                         let release = self.keeper.give_away(seq);
                         self.forget(at, seq);
                         if let Some(dead) = &self.parts.dead {
+                            let message = counted(message, &failure);
                             let marks = marks.of_letter(failure);
                             dead.bury(&self.parts.topic, message, marks, release);
                         }
@@ -600,6 +604,7 @@ impl Task {
                         marks,
                     } => match &self.parts.dead {
                         Some(dead) => {
+                            let message = counted(message, &failure);
                             let (marks, back) = (marks.of_letter(failure), &self.settlements);
                             dead.copy(&self.parts.topic, message, marks, back, tag);
                         }
@@ -1019,4 +1024,12 @@ async fn wait_for(room: Option<Pin<&mut Notified<'_>>>) {
         Some(room) => room.await,
         None => std::future::pending().await,
     }
+}
+
+/// A letter with the retries that its reader made.
+fn counted(mut message: Arc<Message>, failure: &Failure) -> Arc<Message> {
+    if failure.retries > message.retry_count {
+        failure.count_on(Arc::make_mut(&mut message));
+    }
+    message
 }

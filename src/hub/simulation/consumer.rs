@@ -576,6 +576,7 @@ fn failure() -> Failure {
         first: Timestamp::from_millis(0),
         last: Timestamp::from_millis(0),
         original_topic: String::new(),
+        retries: 0,
     }
 }
 

@@ -189,6 +189,7 @@ pub(crate) fn decode(bytes: &Bytes) -> Result<Kept> {
                         first: Timestamp::from_millis(f.first),
                         last: Timestamp::from_millis(f.last),
                         original_topic: f.topic,
+                        retries: 0,
                     })
                 }),
                 replay: found.replay,
@@ -253,6 +254,7 @@ mod tests {
                     first: Timestamp::from_millis(1),
                     last: Timestamp::from_millis(2),
                     original_topic: "t".to_owned(),
+                    retries: 0,
                 })),
                 replay: Some(Box::new(Replayed {
                     of: "o".to_owned(),

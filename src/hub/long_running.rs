@@ -1,0 +1,345 @@
+//! Tasks that may take longer than RabbitMQ waits for an ack (30 minutes, its
+//! `consumer_timeout`): each is handed over to the embedded broker, on the disk,
+//! acked at RabbitMQ, and handled from there, for as long as it takes.
+//!
+//! ```text
+//!   RabbitMQ queue --> this task --confirmed, synced--> embedded queue, same name
+//!         <--- then the ack ---                               |
+//!                            reader <---- this task <---------'
+//! ```
+//!
+//! No more is handed over than the subscription's prefetch, so other hubs share
+//! the work as before. What was handed over belongs to this hub: killed, it goes on
+//! with it at the next start, when somebody subscribes again; no other hub can.
+//! Failed tasks rest in the embedded queue, and their dead letters are the hub's
+//! own. It refuses to work without a data folder: then an ack would lose the task
+//! with the process.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use tokio::sync::{mpsc, watch};
+
+use super::{
+    MessagingHub,
+    handover::hand_over,
+    lock,
+    relay::{Relay, pass},
+    route::Route,
+};
+use crate::{
+    broker::{
+        BrokerType, Confirmation, Consumer, ConsumerControl, Delivery, Fate, Lane, LaneOptions,
+        MessageBroker, OrderKey, Settlement, Source, Submission, SubscribeOptions, Verdict,
+        consumer::ConsumerState,
+    },
+    error::{Error, ErrorCode, Result},
+    topic::Topic,
+};
+
+/// How long is waited after the embedded broker would not take a task.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// Verdicts taken up in one turn.
+const TURN: usize = 256;
+
+impl MessagingHub {
+    /// Whether tasks of a subscription are handed over: where they, or their
+    /// route, are long-running, and the broker would not wait.
+    pub(super) fn hands_over(&self, route: &Route, options: &SubscribeOptions) -> bool {
+        route.primary == BrokerType::RabbitMq && (options.long_running || route.long_running)
+    }
+
+    /// A consumer of a queue whose tasks are handed over.
+    ///
+    /// # Errors
+    /// `INVALID_CONFIG` for a stream, a pattern, `auto_ack`, or without a data
+    /// folder; as the brokers' own `consume`.
+    pub(super) async fn consume_long(
+        &self,
+        broker: &dyn MessageBroker,
+        source: &Source,
+        options: &SubscribeOptions,
+    ) -> Result<Consumer> {
+        let refuse = |why: &str| {
+            Err(
+                Error::rejected(ErrorCode::InvalidConfig, format!("long_running: {why}"))
+                    .on(source.pattern().as_str()),
+            )
+        };
+        let Source::Queue(pattern) = source else {
+            return refuse("is for tasks; an event's reader may take as long as it likes");
+        };
+        let Some(queue) = pattern.literal() else {
+            return refuse("subscribe to each queue by its name; this pattern may cover several");
+        };
+        if options.auto_ack {
+            return refuse(
+                "auto_ack acks before the handler runs, so nothing waits; leave one of the two out",
+            );
+        }
+        if self.store().is_none() {
+            return refuse(
+                "a task is acked at RabbitMQ once it is on this hub's disk, so it needs a data folder and the fallback; set data_dir",
+            );
+        }
+        let Some(embedded) = lock(&self.0.brokers).fallback.clone() else {
+            return refuse("needs the embedded broker; turn the fallback on");
+        };
+        let feed = SubscribeOptions {
+            handler_timeout: None,
+            long_running: false,
+            ..options.clone()
+        };
+        let here = SubscribeOptions {
+            prefetch: options.prefetch,
+            buffer_size: options.buffer_size,
+            ..SubscribeOptions::default()
+        };
+        embedded.ensure(source).await?;
+        let kept = embedded.consume(source, &here).await?;
+        let feed = broker.consume(source, &feed).await?;
+        let (control, stopping, report) = ConsumerControl::new();
+        let (out, deliveries) = mpsc::channel(options.buffer_size.max(1));
+        let (relay, verdicts) = Relay::new();
+        let retry = kept.retry;
+        let task = LongRunning {
+            hub: self.clone(),
+            queue: queue.clone(),
+            embedded,
+            feed: Some(feed),
+            kept,
+            most: usize::from(options.prefetch).max(1),
+            here: 0,
+            lane: None,
+            moving: HashMap::new(),
+            next: 0,
+            relay,
+            out: Some(out),
+            report,
+        };
+        let stop = stopping.clone();
+        self.0.tasks.spawn(task.run(verdicts, stop));
+        Ok(Consumer {
+            deliveries,
+            control,
+            retry,
+        })
+    }
+}
+
+struct LongRunning {
+    hub: MessagingHub,
+    queue: Topic,
+    embedded: Arc<dyn MessageBroker>,
+    /// None once nothing more is taken from RabbitMQ.
+    feed: Option<Consumer>,
+    kept: Consumer,
+    /// Tasks of this subscription here at most, but for those that rest.
+    most: usize,
+    here: usize,
+    lane: Option<Lane>,
+    /// On their way into the embedded queue.
+    moving: HashMap<u64, Delivery>,
+    next: u64,
+    relay: Relay<()>,
+    out: Option<mpsc::Sender<Vec<Delivery>>>,
+    report: watch::Sender<ConsumerState>,
+}
+
+impl LongRunning {
+    async fn run(
+        mut self,
+        mut verdicts: mpsc::UnboundedReceiver<Settlement>,
+        stopping: tokio_util::sync::CancellationToken,
+    ) {
+        let closing = self.hub.0.closing.clone();
+        let mut pending: Vec<Delivery> = Vec::new();
+        let mut settled: Vec<Settlement> = Vec::with_capacity(TURN);
+        let mut kept_open = true;
+        let mut state = self.feed.as_ref().map(|f| f.control.watch());
+        let mut failure = None;
+        loop {
+            if let Some(state) = &mut state
+                && self.out.is_some()
+            {
+                self.report.send_replace(state.borrow_and_update().clone());
+            }
+            let room = self.here < self.most && self.out.is_some();
+            tokio::select! {
+                biased;
+                _ = verdicts.recv_many(&mut settled, TURN) => {
+                    for one in settled.drain(..) {
+                        self.settle(one);
+                    }
+                }
+                () = closing.cancelled(), if !stopping.is_cancelled() => stopping.cancel(),
+                () = stopping.cancelled(), if self.out.is_some() => {
+                    self.out = None;
+                    pending.clear();
+                    self.kept.control.begin_stop();
+                    if let Some(feed) = &self.feed {
+                        feed.control.begin_stop();
+                    }
+                }
+                sent = hand_over(&self.out, &mut pending), if !pending.is_empty() => {
+                    if !sent {
+                        stopping.cancel();
+                    }
+                }
+                answer = confirmed(&mut self.lane), if !self.moving.is_empty() => self.moved(answer).await,
+                batch = self.kept.deliveries.recv(), if kept_open && (pending.is_empty() || self.out.is_none()) => {
+                    match batch {
+                        Some(late) if self.out.is_none() => drop(late),
+                        Some(batch) => pending = batch.into_iter().map(|d| {
+                            let (received, upstream) = d.into_parts();
+                            self.relay.wrap(received, upstream, ())
+                        }).collect(),
+                        None => {
+                            kept_open = false;
+                            stopping.cancel();
+                        }
+                    }
+                }
+                batch = next_of(&mut self.feed), if room || self.out.is_none() => match batch {
+                    Some(late) if self.out.is_none() => drop(late),
+                    Some(batch) => self.move_in(batch).await,
+                    None => {
+                        if let Some(feed) = self.feed.take() {
+                            feed.control.stop().await;
+                            failure = feed.control.failure();
+                        }
+                        state = None;
+                        stopping.cancel();
+                    }
+                },
+                () = changed(&mut state) => {}
+            }
+            let idle = self.moving.is_empty() && self.relay.is_empty();
+            if self.out.is_none() && idle && !kept_open && self.feed.is_none() {
+                break;
+            }
+        }
+        self.kept.control.stop().await;
+        let last = match failure.or_else(|| self.kept.control.failure()) {
+            Some(why) => ConsumerState::Failed(why),
+            None => ConsumerState::Stopped,
+        };
+        let _ = self.report.send(last);
+    }
+
+    fn settle(&mut self, settlement: Settlement) {
+        let Settlement { tag, verdict, done } = settlement;
+        let Some((upstream, ())) = self.relay.take(tag) else {
+            return;
+        };
+        if !matches!(verdict, Verdict::Requeue) {
+            // What an earlier process left was never counted in.
+            self.here = self.here.saturating_sub(1);
+        }
+        pass(&upstream, verdict, done);
+    }
+
+    /// Writes tasks into the embedded queue. More than there is room for may come
+    /// in a batch; prefetch bounds that.
+    async fn move_in(&mut self, batch: Vec<Delivery>) {
+        let mut submissions = Vec::with_capacity(batch.len());
+        for delivery in batch {
+            self.next += 1;
+            submissions.push(Submission {
+                token: self.next,
+                message: delivery.received().message.clone(),
+                order: OrderKey::Publisher(0),
+                marks: (*delivery.received().marks).clone(),
+                confirm: true,
+            });
+            self.here += 1;
+            self.moving.insert(self.next, delivery);
+        }
+        if self.lane.is_none() {
+            match self
+                .embedded
+                .open_lane(&self.queue, 0, &LaneOptions::default())
+                .await
+            {
+                Ok(lane) => self.lane = Some(lane),
+                Err(error) => {
+                    self.give_back(&error).await;
+                    return;
+                }
+            }
+        }
+        if let Some(lane) = &self.lane
+            && lane.submissions.send(submissions).await.is_err()
+        {
+            // Its last answers say what was written.
+            tracing::debug!(queue = %self.queue, "the embedded broker's lane has ended");
+        }
+    }
+
+    /// Takes the answer to a task that was written.
+    async fn moved(&mut self, answer: Option<Confirmation>) {
+        let Some(Confirmation { token, fate }) = answer else {
+            self.lane = None;
+            let gone = Error::new(ErrorCode::PublishFailed, "the lane has ended");
+            self.give_back(&gone).await;
+            return;
+        };
+        let Some(delivery) = self.moving.remove(&token) else {
+            return;
+        };
+        match fate {
+            // It is on the disk. Should the ack get lost, the copy that RabbitMQ
+            // delivers again is known by its id.
+            Fate::Confirmed(_) => {
+                delivery.settle_now(Verdict::Ack);
+            }
+            Fate::Refused(error)
+            | Fate::Overloaded(error)
+            | Fate::Unknown(error)
+            | Fate::Unsent(error) => {
+                self.here = self.here.saturating_sub(1);
+                tracing::warn!(
+                    queue = %self.queue, id = %delivery.message.id, %error,
+                    "a long-running task could not be handed over; it goes back to RabbitMQ"
+                );
+                tokio::time::sleep(PAUSE).await;
+                drop(delivery);
+            }
+        }
+    }
+
+    /// What is on its way goes back to RabbitMQ.
+    async fn give_back(&mut self, error: &Error) {
+        tracing::warn!(
+            queue = %self.queue, %error, tasks = self.moving.len(),
+            "long-running tasks could not be handed over; they go back to RabbitMQ"
+        );
+        self.here = self.here.saturating_sub(self.moving.len());
+        tokio::time::sleep(PAUSE).await;
+        self.moving.clear();
+    }
+}
+
+async fn confirmed(lane: &mut Option<Lane>) -> Option<Confirmation> {
+    match lane {
+        Some(lane) => lane.confirmations.recv().await,
+        None => None,
+    }
+}
+
+async fn next_of(feed: &mut Option<Consumer>) -> Option<Vec<Delivery>> {
+    match feed {
+        Some(feed) => feed.deliveries.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn changed(state: &mut Option<watch::Receiver<ConsumerState>>) {
+    let gone = match state {
+        Some(state) => state.changed().await.is_err(),
+        None => true,
+    };
+    if gone {
+        std::future::pending::<()>().await;
+    }
+}
