@@ -286,6 +286,92 @@ async fn fault_18_replay_fetches_the_middle_of_two_topics_and_disturbs_nobody() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_thousand_of_a_stretch_are_replayed_while_live_readers_go_on() {
+    const ALL: u64 = 120_000;
+    const STRETCH: std::ops::Range<u64> = 10_000..110_000;
+    const MORE: u64 = 2_000;
+    let node = need!(shared_kafka().await);
+    let (system, hub) = started(node.bootstrap()).await;
+    let topic = unique("events.replay.long");
+    let target = format!("{topic}.out");
+    for name in [&topic, &target] {
+        stream(&hub, name, PARTITIONS).await;
+    }
+    let start = Timestamp::now() - Duration::from_secs(3600);
+    publish(&hub, std::slice::from_ref(&topic), start, ALL).await;
+
+    let handled = Arc::new(AtomicUsize::new(0));
+    let counter = handled.clone();
+    let group = unique("live");
+    let options = SubscribeOptions {
+        commit_interval: Duration::from_millis(100),
+        ..SubscribeOptions::group(&group)
+    };
+    let live = hub
+        .subscribe(&topic, options, move |_: Received| {
+            counter.fetch_add(1, SeqCst);
+            async { Ok::<(), HandlerError>(()) }
+        })
+        .await
+        .unwrap();
+    // It has begun, and has much left, when the replay starts beside it.
+    wait::until(SOON, "the group has begun", async || {
+        handled.load(SeqCst) > 0
+    })
+    .await;
+    let replay = hub
+        .start_replay(request(json!({
+            "pattern": topic,
+            "from_time": start + Duration::from_millis(STRETCH.start),
+            "to_time": start + Duration::from_millis(STRETCH.end),
+            "target_topic": target,
+        })))
+        .await
+        .unwrap();
+    let shown = wait::value(SOON, "progress on the way", async || {
+        let progress = hub.replay(&replay.id).ok()?.progress;
+        (progress.replayed > 0).then_some(progress)
+    })
+    .await;
+    assert!(shown.rate > 0.0 && shown.offsets_total >= ALL, "{shown:?}");
+    let publisher = hub.publisher(&topic).unwrap();
+    let more =
+        (0..MORE).map(|n| Message::new("new", n.to_string()).with_key(format!("k{}", n % KEYS)));
+    for outcome in publisher.publish_batch(more.collect()).await {
+        outcome.expect("published");
+    }
+    let done = wait::within(SOON, "the replay is over", hub.replay_ended(&replay.id))
+        .await
+        .unwrap();
+    let p = &done.progress;
+    assert_eq!(p.status, ReplayStatus::Completed, "{done:?}");
+    assert_eq!((p.replayed, p.failed), (STRETCH.end - STRETCH.start, 0));
+
+    let found = read(node.bootstrap(), &target, PARTITIONS, p.replayed).await;
+    let mut numbers: Vec<u64> = found.iter().map(|f| f.number).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, STRETCH.collect::<Vec<_>>());
+    // The group got each event of its own once, and its position is behind them.
+    let wanted = usize::try_from(ALL + MORE).unwrap();
+    wait::until(SOON, "the group is through", async || {
+        handled.load(SeqCst) >= wanted
+    })
+    .await;
+    wait::until(SOON, "its position is committed", async || {
+        let at = committed(node.bootstrap(), &group, &topic).into_iter();
+        let at = at.map(|o| match o {
+            Offset::Offset(n) => n.unsigned_abs(),
+            _ => 0,
+        });
+        at.sum::<u64>() == ALL + MORE
+    })
+    .await;
+    assert_eq!(handled.load(SeqCst), wanted);
+    live.unsubscribe().await;
+    system.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_replay_into_the_topic_that_it_reads_ends() {
     let node = need!(shared_kafka().await);
     let (system, hub) = started(node.bootstrap()).await;
