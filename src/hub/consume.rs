@@ -416,13 +416,13 @@ impl MessagingHub {
         ))
     }
 
-    fn remember(&self, running: Running) {
+    pub(super) fn remember(&self, running: Running) {
         let mut all = lock(&self.0.subscriptions);
         all.retain(|r| !r.ended.is_cancelled());
         all.push(running);
     }
 
-    fn retry_delay(&self, source: &Source) -> Duration {
+    pub(super) fn retry_delay(&self, source: &Source) -> Duration {
         let retry = &self.0.config.retry;
         if let Ok(Some(delay)) = self.route_of(source.pattern()).map(|r| r.retry_delay) {
             return delay;
@@ -433,11 +433,11 @@ impl MessagingHub {
         }
     }
 
-    fn pattern(&self, text: &str) -> Result<Pattern> {
+    pub(super) fn pattern(&self, text: &str) -> Result<Pattern> {
         Pattern::new(self.0.topology.canonical(text))
     }
 
-    fn route_of(&self, pattern: &Pattern) -> Result<Route> {
+    pub(super) fn route_of(&self, pattern: &Pattern) -> Result<Route> {
         lock(&self.0.routes)
             .of_pattern(pattern)
             .map(|(_, r)| r.clone())
@@ -461,7 +461,7 @@ impl MessagingHub {
         }
     }
 
-    fn source_of(&self, pattern: &Pattern) -> Result<Source> {
+    pub(super) fn source_of(&self, pattern: &Pattern) -> Result<Source> {
         Ok(match self.route_of(pattern)?.kind {
             RouteKind::Task => Source::Queue(pattern.clone()),
             RouteKind::Event => Source::Stream(pattern.clone()),
