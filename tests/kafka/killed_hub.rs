@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, io::Write as _, process::Stdio};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use messaging_hub::MessageBroker;
 use serde_json::{Value, json};
 
 use crate::{

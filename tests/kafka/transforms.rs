@@ -12,7 +12,7 @@ use std::{
 };
 
 use messaging_hub::{
-    HandlerError, Message, SubscribeOptions, Topic,
+    HandlerError, Message, MessageBroker, SubscribeOptions, Topic,
     adapter::kafka::KafkaConfig,
     broker::{EventStreamBroker, Received, TopicOptions},
     hub::MessagingHub,
