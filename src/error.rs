@@ -125,6 +125,8 @@ codes! {
     BrokerUnavailable = "BROKER_UNAVAILABLE", true;
     /// The spool has no room.
     SpoolFull = "SPOOL_FULL", true;
+    /// Another publisher opened the same transactional id later.
+    TransactionFenced = "TRANSACTION_FENCED", false;
     /// As many replays are active as may be.
     ReplayLimit = "REPLAY_LIMIT", true;
     /// There is a replay of this id.

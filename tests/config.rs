@@ -632,13 +632,15 @@ topology.retry_exchange: the exchange \"nowhere\" is not in exchanges"
     );
     assert_eq!(
         refusal(
-            "kafka: {required_acks: leader, linger: 20s, brokers: [], settings: {sasl.password: x}}",
+            "kafka: {required_acks: leader, linger: 20s, brokers: [], transactional_id: 'a b', transaction_timeout: 1h, settings: {sasl.password: x}}",
             &[]
         ),
         "\
 kafka.brokers: must name at least one host:port
 kafka.enable_idempotence: needs required_acks: all; set that, or enable_idempotence: false
 kafka.linger: must be below kafka.message_timeout
+kafka.transactional_id: must be 1 to 200 printable characters without spaces; leave it out for one that is made up
+kafka.transaction_timeout: must be 1s to 15m; brokers refuse more unless they are told (transaction.max.timeout.ms)
 kafka.settings.sasl.password: a secret has no place here, where it would be shown; use sasl and tls"
     );
 }
@@ -837,7 +839,7 @@ fn what_a_configuration_weakens_is_said_with_its_clause() {
 fallback: {enabled: false}
 server: {http: '0.0.0.0:8090'}
 rabbitmq: {host: far.example, publisher_confirm: false, password: fine}
-kafka: {required_acks: leader, enable_idempotence: false}
+kafka: {required_acks: leader, enable_idempotence: false, isolation_level: read_uncommitted}
 ",
         &[],
     );
@@ -851,6 +853,7 @@ kafka: {required_acks: leader, enable_idempotence: false}
     has(&weak, "RabbitMQ is reached without TLS", "security");
     has(&weak, "kafka.required_acks is not all", "C1, C2");
     has(&weak, "kafka.enable_idempotence is false", "C5, C6");
+    has(&weak, "kafka.isolation_level is read_uncommitted", "C6");
     assert!(
         weak.report()
             .contains("weakened guarantees:\n  the fallback is off (C3, C4, C7): ")

@@ -14,5 +14,25 @@ mod consuming;
 #[path = "kafka/faults.rs"]
 mod faults;
 
+#[path = "kafka/foreign.rs"]
+mod foreign;
+
+#[cfg(feature = "server")]
+#[path = "process/mod.rs"]
+mod process;
+
+#[cfg(feature = "server")]
+#[path = "kafka/killed_hub.rs"]
+mod killed_hub;
+
+#[path = "kafka/membership.rs"]
+mod membership;
+
 #[path = "kafka/publishing.rs"]
 mod publishing;
+
+#[path = "kafka/transactions.rs"]
+mod transactions;
+
+#[path = "kafka/transforms.rs"]
+mod transforms;

@@ -118,6 +118,15 @@ impl ConsumerControl {
     /// Dropping the future abandons only the waiting.
     pub async fn stop(&self) {
         self.begin_stop();
+        self.ended().await;
+    }
+
+    /// Waits until nothing of it is left, because somebody stopped it or because it
+    /// failed for good.
+    ///
+    /// # Cancel safety
+    /// Dropping the future abandons only the waiting.
+    pub async fn ended(&self) {
         let mut state = self.state.clone();
         // An error means that the adapter's task is gone, which is stopped too.
         let _ = state

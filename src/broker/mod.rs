@@ -25,6 +25,7 @@ pub mod receipt;
 pub mod stats;
 pub mod subscription;
 mod traits;
+pub mod transaction;
 
 pub use broker_type::BrokerType;
 pub use consumer::{ConnectionState, Consumer, ConsumerControl, RetryMode, Source};
@@ -42,3 +43,4 @@ pub use receipt::{Outcome, Position, Receipt};
 pub use stats::{PartitionMetadata, QueueStats, TopicMetadata};
 pub use subscription::Subscription;
 pub use traits::{EventStreamBroker, MessageBroker, TaskQueueBroker};
+pub use transaction::{Outgoing, TransactionalBroker, Transactor, TransformFuture, Transformer};

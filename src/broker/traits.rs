@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use super::{
     BrokerType, ConnectionState, Consumer, Delivery, Handler, Lane, LaneOptions, OrderKey,
     PublishOptions, QueueOptions, QueueStats, Receipt, SeekTo, Source, SubscribeOptions,
-    Subscription, TopicMetadata, TopicOptions,
+    Subscription, TopicMetadata, TopicOptions, TransactionalBroker,
 };
 use crate::{
     error::{Error, ErrorCode, Result},
@@ -169,6 +169,11 @@ pub trait MessageBroker: Send + Sync + 'static {
 
     /// This broker's streams, if it has any.
     fn event_stream(&self) -> Option<&dyn EventStreamBroker> {
+        None
+    }
+
+    /// This broker's transactions, if it has any.
+    fn transactions(&self) -> Option<&dyn TransactionalBroker> {
         None
     }
 

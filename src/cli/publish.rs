@@ -63,6 +63,10 @@ pub(super) struct Publish {
     /// Read envelopes, one on each line; answer each with a line of JSON.
     #[arg(long, conflicts_with_all = ["payload", "kind", "key", "headers", "priority", "id", "content_type", "expiration", "at", "delay", "correlation_id", "reply_to"])]
     ndjson: bool,
+    /// Read envelopes, one on each line or as a JSON array, and publish all of them or
+    /// none; the topic's primary must be Kafka.
+    #[arg(long, conflicts_with_all = ["ndjson", "payload", "kind", "key", "headers", "priority", "id", "content_type", "expiration", "at", "delay", "correlation_id", "reply_to"])]
+    atomic: bool,
 }
 
 impl Publish {
@@ -70,6 +74,9 @@ impl Publish {
         let client = Client::new(target)?;
         if self.ndjson {
             return self.lines(&client).await;
+        }
+        if self.atomic {
+            return self.as_one(&client, target).await;
         }
         let request = client
             .request(Method::POST, &["v1", "topics", &self.topic, "messages"])
@@ -84,20 +91,43 @@ impl Publish {
         Ok(ExitCode::SUCCESS)
     }
 
-    async fn envelope(&self) -> Result<Value, Failure> {
-        let payload = match (&self.payload, &self.file) {
-            (Some(text), _) => text.clone().into_bytes(),
-            (None, Some(file)) => tokio::fs::read(file)
-                .await
-                .map_err(|e| unreadable(file, &e))?,
-            (None, None) => {
-                let mut bytes = Vec::new();
-                tokio::io::stdin()
-                    .read_to_end(&mut bytes)
-                    .await
-                    .map_err(|e| Failure::new(format!("stdin cannot be read: {e}")))?;
-                bytes
+    /// Publishes all envelopes of the input, or none.
+    async fn as_one(&self, client: &Client, target: &Target) -> Result<ExitCode, Failure> {
+        let request = client
+            .request(Method::POST, &["v1", "topics", &self.topic, "messages"])
+            .query(&[("atomic", "true")])
+            .header("content-type", "application/vnd.messaging-hub+json")
+            .body(as_array(&self.input().await?)?);
+        let receipts = client.json(request).await?;
+        if target.json {
+            say(receipts.to_string())?;
+        } else {
+            for receipt in receipts.as_array().into_iter().flatten() {
+                say(describe(receipt))?;
             }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The file, or stdin.
+    async fn input(&self) -> Result<Vec<u8>, Failure> {
+        if let Some(file) = &self.file {
+            return tokio::fs::read(file)
+                .await
+                .map_err(|e| unreadable(file, &e));
+        }
+        let mut bytes = Vec::new();
+        tokio::io::stdin()
+            .read_to_end(&mut bytes)
+            .await
+            .map_err(|e| Failure::new(format!("stdin cannot be read: {e}")))?;
+        Ok(bytes)
+    }
+
+    async fn envelope(&self) -> Result<Value, Failure> {
+        let payload = match &self.payload {
+            Some(text) => text.clone().into_bytes(),
+            None => self.input().await?,
         };
         let mut envelope = Map::new();
         envelope.insert("payload".into(), BASE64_STANDARD.encode(payload).into());
@@ -172,6 +202,26 @@ impl Publish {
     }
 }
 
+/// A JSON array as it stands, or one of the lines.
+fn as_array(input: &[u8]) -> Result<Vec<u8>, Failure> {
+    if input.trim_ascii_start().starts_with(b"[") {
+        return Ok(input.to_vec());
+    }
+    let mut array = vec![b'['];
+    let lines = input.split(|b| *b == b'\n').map(<[u8]>::trim_ascii);
+    for (number, line) in lines.enumerate().filter(|(_, line)| !line.is_empty()) {
+        // Two values on a line would be two elements, or none.
+        serde_json::from_slice::<serde::de::IgnoredAny>(line)
+            .map_err(|e| Failure::new(format!("line {} is not JSON: {e}", number + 1)))?;
+        if array.len() > 1 {
+            array.push(b',');
+        }
+        array.extend_from_slice(line);
+    }
+    array.push(b']');
+    Ok(array)
+}
+
 fn describe(receipt: &Value) -> String {
     let text = |field: &str| receipt.get(field).and_then(Value::as_str).unwrap_or("?");
     let id = text("id");
@@ -219,3 +269,17 @@ fn delay(word: &str) -> Result<Duration, String> {
 
 /// Bytes of one answer.
 const MAX_ANSWER: usize = 1024 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_become_an_array_and_an_array_stays_one() {
+        let array = |text: &str| as_array(text.as_bytes()).map_err(|_| ());
+        assert_eq!(array("{\"a\":1}\n\n {} \r\n").unwrap(), b"[{\"a\":1},{}]");
+        assert_eq!(array(" [1]").unwrap(), b" [1]");
+        assert_eq!(array("").unwrap(), b"[]");
+        assert!(array("{} {}").is_err() && array("{").is_err());
+    }
+}

@@ -7,7 +7,10 @@ use std::path::PathBuf;
 use super::{LogFormat, MessagingConfig, settings::split_address, split_list};
 use crate::{
     adapter::{
-        kafka::{KafkaConfig, SaslMechanism, config::RequiredAcks, config::SaslConfig},
+        kafka::{
+            KafkaConfig, SaslMechanism,
+            config::{IsolationLevel, RequiredAcks, SaslConfig},
+        },
         rabbitmq::{RabbitMqConfig, TlsConfig},
     },
     broker::Compression,
@@ -236,6 +239,16 @@ pub const VARIABLES: &[Variable] = &[
         })),
     kafka("KAFKA_LINGER", "5ms", "how long a batch may wait to fill",
         |k, v| set(&mut k.linger, time(v))),
+    kafka("KAFKA_ISOLATION_LEVEL", "read_committed", "read_committed or read_uncommitted, which also shows what was aborted",
+        |k, v| set(&mut k.isolation_level, match v {
+            "read_committed" => Ok(IsolationLevel::ReadCommitted),
+            "read_uncommitted" => Ok(IsolationLevel::ReadUncommitted),
+            _ => Err("expected read_committed or read_uncommitted"),
+        })),
+    kafka("KAFKA_TRANSACTIONAL_ID", "", "id of atomic batches, another one for each process; made up if unset",
+        |k, v| { k.transactional_id = Some(v.to_owned()); Ok(()) }),
+    kafka("KAFKA_TRANSACTION_TIMEOUT", "60s", "how long a transaction may be open",
+        |k, v| set(&mut k.transaction_timeout, time(v))),
     kafka("KAFKA_CA_FILE", "", "PEM file of the certificate authority; turns TLS on",
         |k, v| { k.tls.get_or_insert_with(TlsConfig::default).ca_file = Some(PathBuf::from(v)); Ok(()) }),
     kafka("KAFKA_SASL_MECHANISM", "", "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512; turns SASL on",

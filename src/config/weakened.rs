@@ -5,7 +5,11 @@ use serde::Serialize;
 
 use super::{HubSettings, MessagingConfig, redact};
 use crate::{
-    adapter::{kafka::KafkaConfig, kafka::config::RequiredAcks, rabbitmq::RabbitMqConfig},
+    adapter::{
+        kafka::KafkaConfig,
+        kafka::config::{IsolationLevel, RequiredAcks},
+        rabbitmq::RabbitMqConfig,
+    },
     broker::QueueType,
 };
 
@@ -183,6 +187,13 @@ fn kafka(kafka: &KafkaConfig, found: &mut Found) {
             "kafka.enable_idempotence is false",
             "C5, C6",
             "a retried batch can come twice, or behind a later one",
+        );
+    }
+    if kafka.isolation_level == IsolationLevel::ReadUncommitted {
+        found.add(
+            "kafka.isolation_level is read_uncommitted",
+            "C6",
+            "readers get what a transaction wrote and then aborted; its retry is a second copy",
         );
     }
     if kafka.tls.is_none() && kafka.brokers.iter().any(|b| !is_local_address(b)) {

@@ -422,7 +422,7 @@ impl MessagingHub {
         ))
     }
 
-    fn remember(&self, running: Running) {
+    pub(super) fn remember(&self, running: Running) {
         let mut all = lock(&self.0.subscriptions);
         all.retain(|r| !r.ended.is_cancelled());
         all.push(running);
@@ -439,7 +439,7 @@ impl MessagingHub {
         })
     }
 
-    fn pattern(&self, text: &str) -> Result<Pattern> {
+    pub(super) fn pattern(&self, text: &str) -> Result<Pattern> {
         Pattern::new(self.0.topology.canonical(text))
     }
 
@@ -467,7 +467,7 @@ impl MessagingHub {
         }
     }
 
-    fn source_of(&self, pattern: &Pattern) -> Result<Source> {
+    pub(super) fn source_of(&self, pattern: &Pattern) -> Result<Source> {
         Ok(match self.route_of(pattern)?.kind {
             RouteKind::Task => Source::Queue(pattern.clone()),
             RouteKind::Event => Source::Stream(pattern.clone()),

@@ -10,8 +10,10 @@ mod accepted;
 mod admin;
 #[cfg(feature = "journal")]
 mod adopt;
+pub mod atomic;
 mod batch;
 mod canary;
+mod check;
 mod close;
 mod compress;
 mod consume;
@@ -56,6 +58,7 @@ mod simulation;
 mod span;
 mod spool;
 pub mod state;
+mod transform;
 
 use std::{
     collections::HashMap,
@@ -95,7 +98,7 @@ use self::{
     state::{CanaryState, StateChange, Weakness},
 };
 use crate::{
-    broker::{BrokerType, ConsumerControl, MessageBroker},
+    broker::{BrokerType, ConsumerControl, MessageBroker, Transactor},
     dead_letter::Desk,
     error::{Error, ErrorCode, Result},
     metrics::MetricsRecorder,
@@ -107,6 +110,7 @@ use crate::{
 pub use crate::config::HubSettings as HubConfig;
 #[cfg(feature = "journal")]
 pub use adopt::Adopted;
+pub use atomic::{Transaction, Transactions};
 pub use close::CloseReport;
 pub use dead_rate::DeadLetterRate;
 #[cfg(feature = "journal")]
@@ -143,6 +147,8 @@ struct Inner {
     /// How many of the messages end there lately.
     dead_rate: Mutex<dead_rate::DeadRate>,
     accepted: Arc<Accepted>,
+    /// The hub's own way to publish batches as one; none before the first.
+    transactor: Mutex<Option<Transactor>>,
     groups: Mutex<HashMap<String, Arc<Group>>>,
     readers: Arc<watch::Sender<Readers>>,
     /// What operators want of lanes.
@@ -245,6 +251,7 @@ impl MessagingHub {
             desk: Arc::default(),
             dead_rate: Mutex::default(),
             accepted,
+            transactor: Mutex::default(),
             groups: Mutex::default(),
             readers: Arc::new(watch::channel(Readers::default()).0),
             controls,

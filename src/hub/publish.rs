@@ -27,7 +27,6 @@ use super::{
     publisher::{Pending, Publisher, State},
     resting,
     route::{Route, RouteKind},
-    schedule,
     spool::{ENTRY_OVERHEAD, Entry, LaneLeft, codec::LaneName},
 };
 use crate::{
@@ -35,12 +34,8 @@ use crate::{
         BrokerType, Compression, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt,
         Source,
     },
-    compression,
     error::{Error, ErrorCode, Result},
-    message::{
-        Event, Message, Task, Timestamp,
-        wire::{Marks, names::COMPRESSED},
-    },
+    message::{Event, Message, Task, Timestamp, wire::Marks},
     topic::{Pattern, Topic},
 };
 
@@ -52,7 +47,7 @@ pub(super) struct TopicEntry {
     /// How many lanes keep its order apart; asked once.
     lanes: OnceCell<u32>,
     /// Kafka keeps the last message of each key, so each must have one.
-    keyed_only: bool,
+    pub(super) keyed_only: bool,
     /// Which brokers were plugged in when it was resolved.
     pub(super) epoch: u64,
 }
@@ -234,60 +229,8 @@ impl MessagingHub {
         let since = tokio::time::Instant::now().into_std();
         self.check_open()?;
         let entry = self.entry_found(topic, found)?;
-        apply(&mut message, options, topic, &self.0.topology)?;
-        if message.max_retries == Message::DEFAULT_MAX_RETRIES {
-            // A message that carries the default has said nothing.
-            message.max_retries = self.0.config.retry.max_retries;
-        }
-        // The copy of a letter that cannot be expanded here goes on as it stands,
-        // with the mark that no publisher may set.
-        let again = marks.reprocess > 0 || marks.failure.is_some();
-        let packed = (again && compression::is_marked(&message))
-            .then(|| message.headers.remove(COMPRESSED))
-            .flatten();
-        message
-            .validate(self.0.max_message_bytes)
-            .map_err(|e| e.on(topic.as_str()))?;
-        if let Some(algorithm) = packed {
-            message.headers.insert(COMPRESSED.to_owned(), algorithm);
-        }
-        if message
-            .expires_at()
-            .is_some_and(|at| at <= Timestamp::now())
-        {
-            return Err(Error::rejected(
-                ErrorCode::MessageExpired,
-                "the message's expiration, or its deadline, has passed already",
-            )
-            .on(topic.as_str())
-            .with_id(message.id.as_str()));
-        }
-        if message.key.is_none() && entry.keyed_only {
-            // Kafka would refuse it too, and with it the batch that it is in.
-            return Err(Error::rejected(
-                ErrorCode::MessageInvalid,
-                "the topic is compacted, which keeps the last message of each key; give the message a key",
-            )
-            .on(topic.as_str())
-            .with_id(message.id.as_str()));
-        }
-        let due = message
-            .task
-            .as_ref()
-            .and_then(|t| t.scheduled_at)
-            .filter(|at| *at > Timestamp::now());
-        if due.is_some() && !self.can_schedule() {
-            return Err(schedule::no_fallback()
-                .on(topic.as_str())
-                .with_id(message.id.as_str()));
-        }
-        #[cfg(feature = "schema")]
-        if !message.headers.contains_key(COMPRESSED) {
-            self.check_schema(&entry, &message).await?;
-        }
-        let compression = self.compression(&entry, options)?;
-        self.compress(&mut message, compression.hub).await;
-        let seen = if message.id.is_generated() || again {
+        let (due, compression) = self.check(&entry, &mut message, options, &marks).await?;
+        let seen = if message.id.is_generated() || marks.are_of_a_copy() {
             None
         } else {
             match self.0.accepted.offer(topic, &message.id)? {
@@ -415,7 +358,7 @@ impl MessagingHub {
         Ok(Pending(State::Waiting(rx)))
     }
 
-    fn count_published(&self, message: &Message) {
+    pub(super) fn count_published(&self, message: &Message) {
         self.0.recorder.messages_published.inc();
         self.0
             .recorder
@@ -664,41 +607,4 @@ fn no_broker(topic: &Topic) -> Error {
         "no broker serves this topic: plug one in, or turn the fallback on",
     )
     .on(topic.as_str())
-}
-
-/// Fills what the message leaves open from the options.
-fn apply(
-    message: &mut Message,
-    options: &PublishOptions,
-    topic: &Topic,
-    topology: &crate::topology::Topology,
-) -> Result<()> {
-    if let Some(named) = message.topic.take()
-        && topology.canonical(&named) != topic.as_str()
-    {
-        return Err(Error::rejected(
-            ErrorCode::MessageInvalid,
-            format!("the message names the topic {named:?}, but it was published to {topic}; leave topic out, or publish it there"),
-        )
-        .on(topic.as_str())
-        .with_id(message.id.as_str()));
-    }
-    if message.content_type.is_none() {
-        message.content_type = Some(options.content_type.clone());
-    }
-    if message.content_encoding.is_none() {
-        message
-            .content_encoding
-            .clone_from(&options.content_encoding);
-    }
-    if message.key.is_none() {
-        message.key.clone_from(&options.key);
-    }
-    if options.partition.is_some() {
-        message.partition = options.partition;
-    }
-    // Facts about an earlier reading, not wishes for this publish.
-    message.redelivered = false;
-    message.offset = None;
-    Ok(())
 }

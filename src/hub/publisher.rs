@@ -109,6 +109,23 @@ impl Publisher {
     }
 }
 
+impl Publisher {
+    /// Publishes messages as one: all of them become visible to readers of what is
+    /// committed, or none. The topic's primary must be Kafka.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::publish_batch_atomic`].
+    ///
+    /// # Cancel safety
+    /// Dropping the future abandons the answer once the messages are checked; the
+    /// batch is published all the same.
+    pub async fn publish_batch_atomic(&self, messages: Vec<Message>) -> Result<Vec<Receipt>> {
+        self.hub
+            .publish_as_one(&self.topic, self.number, messages, &self.options)
+            .await
+    }
+}
+
 impl Future for Pending {
     type Output = Result<Receipt>;
 

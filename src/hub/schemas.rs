@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Why a payload that does not fit is a dead letter.
-const REASON: &str = "schema";
+pub(super) const REASON: &str = "schema";
 
 /// From one question to the next while the registry gives no answer.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -116,6 +116,17 @@ impl Checks {
                 delivery.settle_now(Verdict::DeadLetter { failure });
                 Checked::Gone
             }
+        }
+    }
+
+    /// Looks at a payload, and asks the registry if need be.
+    ///
+    /// # Errors
+    /// `SCHEMA_INVALID`, `SCHEMA_UNAVAILABLE`.
+    pub(super) async fn check(&self, received: &Received) -> Result<()> {
+        match self.guard(received) {
+            Some(guard) => guard.check(&received.topic, &received.payload).await,
+            None => Ok(()),
         }
     }
 

@@ -99,6 +99,12 @@ impl Marks {
         }
     }
 
+    /// Whether they stand on a copy that the hub makes of what it had before: a
+    /// reprocessed letter, or a failed event that rests.
+    pub(crate) fn are_of_a_copy(&self) -> bool {
+        self.reprocess > 0 || self.failure.is_some()
+    }
+
     /// The marks of a dead letter of the message. Who settled the message says
     /// nothing about who reads the letter.
     pub(crate) fn of_letter(self, failure: Failure) -> Self {

@@ -30,16 +30,20 @@ use super::{
     publisher::Publisher,
     topics::{TopicFacts, Topics},
     topology,
+    transaction::Transactions,
 };
 use crate::{
     broker::{
-        BrokerType, ConnectionState, Consumer, EventStreamBroker, Fate, Handler, Lane, LaneOptions,
-        MessageBroker, OrderKey, PublishOptions, Receipt, Received, SeekTo, Source,
-        SubscribeOptions, Subscription, TopicMetadata, TopicOptions, direct::DirectPublisher,
-        dispatch::Subscriptions,
+        BrokerType, ConnectionState, Consumer, ConsumerControl, EventStreamBroker, Fate, Handler,
+        Lane, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt, Received, SeekTo,
+        Source, SubscribeOptions, Subscription, TopicMetadata, TopicOptions, TransactionalBroker,
+        Transactor, Transformer, direct::DirectPublisher, dispatch::Subscriptions,
     },
     error::{Error, ErrorCode, Result},
-    message::{Message, MessageState, wire::Failure},
+    message::{
+        Message, MessageState,
+        wire::{Failure, Marks},
+    },
     metrics::MetricsRecorder,
     topic::{Pattern, Topic},
     topology::{Topology, TopologyMode, TopologyReport},
@@ -66,7 +70,8 @@ pub(super) struct Backend {
     pub(super) recorder: Arc<MetricsRecorder>,
     pub(super) admin: Admin,
     pub(super) consumers: Consumers,
-    publisher: Arc<Publisher>,
+    pub(super) publisher: Arc<Publisher>,
+    pub(super) transactions: Transactions,
     reaper: Reaper,
 }
 
@@ -111,6 +116,7 @@ impl KafkaBroker {
                 admin,
                 consumers: Consumers::default(),
                 publisher,
+                transactions: Transactions::new(Handle::current()),
                 reaper,
             }),
             direct,
@@ -144,10 +150,12 @@ impl KafkaBroker {
         }
         Ok(())
     }
+}
 
+impl Backend {
     /// Why there is no connection, as an error.
-    fn away(&self) -> Error {
-        let state = self.backend.link.watch().borrow().clone();
+    pub(super) fn away(&self) -> Error {
+        let state = self.link.watch().borrow().clone();
         let reason = state
             .reason
             .as_deref()
@@ -161,14 +169,12 @@ impl KafkaBroker {
             code,
             format!(
                 "Kafka at {} is not reachable: {reason}",
-                self.backend.config.brokers.join(", ")
+                self.config.brokers.join(", ")
             ),
         )
         .at(BrokerType::Kafka)
     }
-}
 
-impl Backend {
     /// A topic that exists.
     ///
     /// # Errors
@@ -181,7 +187,7 @@ impl Backend {
     }
 
     /// A topic that exists, made where that is allowed.
-    async fn known_or_made(&self, topic: &Topic) -> Result<TopicFacts> {
+    pub(super) async fn known_or_made(&self, topic: &Topic) -> Result<TopicFacts> {
         if let Some(facts) = self.admin.facts(topic).await? {
             return Ok(facts);
         }
@@ -204,6 +210,24 @@ impl Backend {
         Ok(())
     }
 
+    /// The topic of the dead letters, which exists then, or what failed and why.
+    /// They must have a place, whatever may be created otherwise.
+    pub(super) async fn dead_letters(&self) -> Result<Topic, (String, Option<Error>)> {
+        let name = self.topology.dead_letter_topic();
+        let topic = Topic::new(name).map_err(|e| (e.to_string(), None))?;
+        let known = self.admin.facts(&topic).await.map_err(|e| {
+            let what = format!("the dead letters' topic {name} could not be looked up");
+            (what, Some(e))
+        })?;
+        if known.is_none() {
+            self.make(&topic).await.map_err(|e| {
+                let what = format!("the dead letters' topic {name} could not be made");
+                (what, Some(e))
+            })?;
+        }
+        Ok(topic)
+    }
+
     /// Puts a message among the dead letters and waits until it is there.
     pub(super) async fn dead_letter(&self, received: &Received, failure: Failure) -> Result<()> {
         let fail = |why: String| {
@@ -212,32 +236,15 @@ impl Backend {
                 .on(received.topic.as_str())
                 .with_id(received.message.id.as_str())
         };
-        let name = self.topology.dead_letter_topic();
-        let topic = Topic::new(name).map_err(|e| fail(e.to_string()))?;
-        // Dead letters must have a place, whatever may be created otherwise.
-        if self
-            .admin
-            .facts(&topic)
-            .await
-            .map_err(|e| {
-                fail(format!(
-                    "the dead letters' topic {name} could not be looked up"
-                ))
-                .caused_by(e)
-            })?
-            .is_none()
-        {
-            self.make(&topic).await.map_err(|e| {
-                fail(format!("the dead letters' topic {name} could not be made")).caused_by(e)
-            })?;
-        }
-        let mut message = Message::clone(&received.message);
-        message.partition = None;
-        message.state = MessageState::DeadLettered;
-        failure.count_on(&mut message);
-        message.error = Some(failure.details.clone());
-        let mut marks = (*received.marks).clone();
-        marks.failure = Some(Box::new(failure));
+        let topic = self.dead_letters().await.map_err(|(what, why)| {
+            let made = fail(what);
+            match why {
+                Some(why) => made.caused_by(why),
+                None => made,
+            }
+        })?;
+        let name = topic.as_str();
+        let (message, marks) = letter(received, failure);
         match self.publisher.send_one(&topic, &message, &marks).await {
             Fate::Confirmed(_) => Ok(()),
             Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => {
@@ -248,6 +255,18 @@ impl Backend {
             }
         }
     }
+}
+
+/// The dead letter of a message.
+pub(super) fn letter(received: &Received, failure: Failure) -> (Message, Marks) {
+    let mut message = Message::clone(&received.message);
+    message.partition = None;
+    message.state = MessageState::DeadLettered;
+    failure.count_on(&mut message);
+    message.error = Some(failure.details.clone());
+    let mut marks = (*received.marks).clone();
+    marks.failure = Some(Box::new(failure));
+    (message, marks)
 }
 
 #[async_trait]
@@ -313,7 +332,7 @@ impl MessageBroker for KafkaBroker {
             return Ok(());
         }
         if answered {
-            return Err(self.away());
+            return Err(self.backend.away());
         }
         Err(Error::new(
             ErrorCode::ConnectionTimeout,
@@ -332,6 +351,7 @@ impl MessageBroker for KafkaBroker {
         self.subscriptions.close().await;
         self.direct.close().await;
         self.backend.consumers.close(CLOSE_GRACE).await;
+        self.backend.transactions.close(CLOSE_GRACE).await;
         let flushed = self.backend.publisher.close().await;
         self.closing.cancel();
         if let Some(running) = running.take() {
@@ -417,7 +437,7 @@ impl MessageBroker for KafkaBroker {
     async fn open_lane(&self, topic: &Topic, lane: u32, options: &LaneOptions) -> Result<Lane> {
         self.open()?;
         if !self.is_connected() {
-            return Err(self.away().on(topic.as_str()));
+            return Err(self.backend.away().on(topic.as_str()));
         }
         let open = async {
             let facts = self.backend.known_or_made(topic).await?;
@@ -481,6 +501,10 @@ impl MessageBroker for KafkaBroker {
     }
 
     fn event_stream(&self) -> Option<&dyn EventStreamBroker> {
+        Some(self)
+    }
+
+    fn transactions(&self) -> Option<&dyn TransactionalBroker> {
         Some(self)
     }
 
@@ -599,10 +623,30 @@ impl EventStreamBroker for KafkaBroker {
     }
 }
 
+impl TransactionalBroker for KafkaBroker {
+    fn transactor(&self, id: Option<&str>) -> Result<Transactor> {
+        self.open()?;
+        self.backend.transactions.transactor(&self.backend, id)
+    }
+
+    fn transform(
+        &self,
+        source: &Source,
+        options: &SubscribeOptions,
+        id: &str,
+        transformer: Arc<dyn Transformer>,
+    ) -> Result<ConsumerControl> {
+        self.open()?;
+        let transactions = &self.backend.transactions;
+        transactions.transform(&self.backend, source, options, id, transformer)
+    }
+}
+
 impl Drop for KafkaBroker {
     fn drop(&mut self) {
         // Not closed, just forgotten: the probe ends with the preparer.
         self.closing.cancel();
+        self.backend.transactions.abandon();
     }
 }
 

@@ -90,6 +90,37 @@ pub(super) fn producer(
     Ok(c)
 }
 
+/// The settings of a producer of transactions. It is idempotent and waits for all
+/// replicas, whatever other producers do.
+///
+/// # Errors
+/// `INVALID_CONFIG` naming the setting that is wrong.
+pub(super) fn transactional(
+    config: &KafkaConfig,
+    id: &str,
+    compression: Compression,
+    batch_bytes: usize,
+) -> Result<ClientConfig> {
+    let config = KafkaConfig {
+        enable_idempotence: true,
+        required_acks: RequiredAcks::All,
+        ..config.clone()
+    };
+    let mut c = producer(&config, compression, batch_bytes)?;
+    let timeout = clamp_ms(config.transaction_timeout, 1000, 900_000);
+    c.set("transactional.id", id)
+        .set("transaction.timeout.ms", &timeout)
+        // A record that expires costs its transaction, so here it may.
+        .set("delivery.timeout.ms", &timeout);
+    if c.get("socket.timeout.ms").is_none() {
+        // The library's own choice is nearly the transaction's time, which a
+        // connection that went silent would use up.
+        let patience = config.message_timeout.min(config.transaction_timeout);
+        c.set("socket.timeout.ms", clamp_ms(patience, 1000, 60_000));
+    }
+    Ok(c)
+}
+
 /// The settings of a client that only asks.
 ///
 /// # Errors
@@ -231,6 +262,7 @@ const OURS: &[&str] = &[
     "ssl.key.location",
     "topic.metadata.propagation.max.ms",
     "topic.metadata.refresh.interval.ms",
+    "transaction.timeout.ms",
     "transactional.id",
 ];
 

@@ -53,6 +53,20 @@ pub struct KafkaConfig {
     /// How often topics and leaders are looked up. Default 10 s.
     #[serde(with = "crate::duration")]
     pub metadata_refresh: Duration,
+    /// What readers see of transactions: `read_committed` (default) or
+    /// `read_uncommitted`, which also shows what was aborted. Transforms always
+    /// read what is committed.
+    pub isolation_level: IsolationLevel,
+    /// Beginning of the id under which the hub writes atomic batches; each process
+    /// needs one of its own, because a later process of the same id fences the
+    /// earlier one. A restart under it ends at once what a killed process left open.
+    /// Default: made up at each start, so what a killed process left open holds
+    /// up readers until `transaction_timeout`.
+    pub transactional_id: Option<String>,
+    /// How long a transaction may be open before the brokers abort it. Default
+    /// 60 s; 1 s to 15 min, which is what brokers take unless they are told.
+    #[serde(with = "crate::duration")]
+    pub transaction_timeout: Duration,
     /// Make topics that are published to and missing. Default false.
     pub auto_create_topics: bool,
     /// TLS.
@@ -65,6 +79,28 @@ pub struct KafkaConfig {
     /// Further librdkafka settings, by its names; those that the adapter
     /// depends on are refused.
     pub settings: BTreeMap<String, String>,
+}
+
+/// What readers see of transactions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IsolationLevel {
+    /// Only what was committed, and nothing behind an open transaction.
+    #[default]
+    ReadCommitted,
+    /// Everything, also what was or will be aborted.
+    ReadUncommitted,
+}
+
+impl IsolationLevel {
+    /// The name in configurations and for the client library.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::ReadCommitted => "read_committed",
+            Self::ReadUncommitted => "read_uncommitted",
+        }
+    }
 }
 
 /// Which acknowledgements a produce waits for.
@@ -138,6 +174,9 @@ impl Default for KafkaConfig {
             reconnect_delay: Duration::from_millis(50),
             max_reconnect_delay: Duration::from_millis(250),
             metadata_refresh: Duration::from_secs(10),
+            isolation_level: IsolationLevel::ReadCommitted,
+            transactional_id: None,
+            transaction_timeout: Duration::from_secs(60),
             auto_create_topics: false,
             tls: None,
             sasl: None,

@@ -48,7 +48,10 @@ fn precise(code: Code) -> Option<ErrorCode> {
         | Code::SaslAuthenticationFailed
         | Code::TopicAuthorizationFailed
         | Code::GroupAuthorizationFailed
+        | Code::TransactionalIdAuthorizationFailed
         | Code::ClusterAuthorizationFailed => ErrorCode::AuthenticationFailed,
+        // kafka.transaction_timeout is above the brokers' transaction.max.timeout.ms.
+        Code::InvalidTransactionTimeout => ErrorCode::InvalidConfig,
         Code::BrokerTransportFailure | Code::AllBrokersDown | Code::Resolve | Code::SSL => {
             ErrorCode::ConnectionFailed
         }

@@ -1,7 +1,7 @@
 //! Apache Kafka: streams, their groups and their topics.
 //!
 //! One producer for each codec, one thread for each consumer, one probe that
-//! knows whether the brokers answer. No rdkafka type leaves this folder.
+//! knows whether the brokers answer; one thread for each transactional id. No rdkafka type leaves this folder.
 
 pub mod config;
 
@@ -33,7 +33,9 @@ mod record;
 mod topics;
 #[cfg(feature = "kafka")]
 mod topology;
+#[cfg(feature = "kafka")]
+mod transaction;
 
 #[cfg(feature = "kafka")]
 pub use broker::KafkaBroker;
-pub use config::{KafkaConfig, RequiredAcks, SaslConfig, SaslMechanism};
+pub use config::{IsolationLevel, KafkaConfig, RequiredAcks, SaslConfig, SaslMechanism};

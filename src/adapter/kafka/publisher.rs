@@ -189,14 +189,7 @@ impl Publisher {
         compression: Option<Compression>,
     ) -> Result<Arc<Producer>> {
         let compression = compression.unwrap_or(self.config.compression);
-        // A batch over the topic's limit would be refused whole, small records
-        // included. Halving down keeps the number of producers small.
-        let mut batch = self.config.batch_size.max(1);
-        if let Some(limit) = self.topics.get(topic).and_then(|f| f.max_bytes) {
-            while batch > limit && batch > SMALLEST_BATCH {
-                batch /= 2;
-            }
-        }
+        let batch = self.batch_bytes([topic]);
         let make = (compression, batch);
         let mut producers = self.living();
         if let Some(producer) = producers.get(&make) {
@@ -214,6 +207,20 @@ impl Publisher {
         self.lanes
             .spawn(async move { this.look_after(make, &shared).await });
         Ok(producer)
+    }
+
+    /// The largest batch that all of these topics take.
+    pub(super) fn batch_bytes<'a>(&self, topics: impl IntoIterator<Item = &'a Topic>) -> usize {
+        // A batch over the topic's limit would be refused whole, small records
+        // included. Halving down keeps the number of producers small.
+        let mut batch = self.config.batch_size.max(1);
+        let limits = topics.into_iter().filter_map(|t| self.topics.get(t));
+        if let Some(limit) = limits.filter_map(|f| f.max_bytes).min() {
+            while batch > limit && batch > SMALLEST_BATCH {
+                batch /= 2;
+            }
+        }
+        batch
     }
 
     fn make(&self, (compression, batch): Make) -> Result<Arc<Producer>> {
@@ -286,42 +293,24 @@ impl Publisher {
         mut ticket: Box<Ticket>,
         until: &CancellationToken,
     ) {
-        let refuse = |e: Error| {
-            Fate::Refused(
-                e.at(BrokerType::Kafka)
-                    .on(topic.as_str())
-                    .with_id(message.id.as_str()),
-            )
+        let shape = record::shape(
+            self.partitioner,
+            (topic, partitions),
+            (message, marks, order),
+        );
+        let shape = match shape {
+            Ok(shape) => shape,
+            Err(error) => return ticket.answer(Fate::Refused(error)),
         };
-        if partitions < 1 {
-            return ticket.answer(refuse(Error::new(
-                ErrorCode::TopicNotFound,
-                "the topic does not exist (any more); create it, or set kafka.auto_create_topics",
-            )));
-        }
-        let partition = self
-            .partitioner
-            .partition(order, message.partition, partitions);
-        if !(0..partitions).contains(&partition) {
-            return ticket.answer(refuse(Error::rejected(
-                ErrorCode::PublishRejected,
-                format!("partition {partition} does not exist, the topic has {partitions}"),
-            )));
-        }
-        let (headers, header_bytes) = match record::headers(message, topic, marks) {
-            Ok(made) => made,
-            Err(error) => return ticket.answer(refuse(error)),
-        };
-        let key = message.key.as_ref().map(|k| k.as_bytes());
-        let bytes = message.payload.len() + key.map_or(0, <[u8]>::len) + header_bytes;
+        let bytes = shape.bytes;
         ticket.bytes = bytes;
         let unasked = matches!(ticket.reply, Reply::Nobody);
         let mut out = Record::with_opaque_to(topic.as_str(), ticket)
-            .partition(partition)
+            .partition(shape.partition)
             .payload(message.payload.as_ref())
             .timestamp(message.timestamp.as_millis())
-            .headers(headers);
-        out.key = key;
+            .headers(shape.headers);
+        out.key = message.key.as_ref().map(|k| k.as_bytes());
         match producer.send(out, until).await {
             Ok(()) => {}
             Err((ticket, Some(error))) => {

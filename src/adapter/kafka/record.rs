@@ -2,7 +2,9 @@
 
 use rdkafka::message::{BorrowedMessage, Header, Headers, Message as _, OwnedHeaders};
 
+use super::partitioner::Partitioner;
 use crate::{
+    broker::{BrokerType, OrderKey},
     error::{Error, ErrorCode, Result},
     message::{
         Message, MessageId, Timestamp,
@@ -11,15 +13,55 @@ use crate::{
     topic::Topic,
 };
 
+/// Where a record goes, and what it carries beside key and payload.
+pub(super) struct Shape {
+    pub(super) partition: i32,
+    pub(super) headers: OwnedHeaders,
+    /// Payload, key and headers.
+    pub(super) bytes: usize,
+}
+
+/// The shape of a message in a topic of so many partitions.
+///
+/// # Errors
+/// Why it is refused, whoever would write it.
+pub(super) fn shape(
+    partitioner: Partitioner,
+    (topic, partitions): (&Topic, i32),
+    (message, marks, order): (&Message, &Marks, &OrderKey),
+) -> Result<Shape> {
+    let named = |e: Error| {
+        e.at(BrokerType::Kafka)
+            .on(topic.as_str())
+            .with_id(message.id.as_str())
+    };
+    if partitions < 1 {
+        return Err(named(Error::new(
+            ErrorCode::TopicNotFound,
+            "the topic does not exist (any more); create it, or set kafka.auto_create_topics",
+        )));
+    }
+    let partition = partitioner.partition(order, message.partition, partitions);
+    if !(0..partitions).contains(&partition) {
+        return Err(named(Error::rejected(
+            ErrorCode::PublishRejected,
+            format!("partition {partition} does not exist, the topic has {partitions}"),
+        )));
+    }
+    let (headers, header_bytes) = headers(message, topic, marks).map_err(named)?;
+    let key = message.key.as_ref().map_or(0, |k| k.as_bytes().len());
+    Ok(Shape {
+        partition,
+        headers,
+        bytes: message.payload.len() + key + header_bytes,
+    })
+}
+
 /// The headers of a record, and how many bytes they take.
 ///
 /// # Errors
 /// `MESSAGE_TOO_LARGE` when a header is beyond what the client library counts.
-pub(super) fn headers(
-    message: &Message,
-    topic: &str,
-    marks: &Marks,
-) -> Result<(OwnedHeaders, usize)> {
+fn headers(message: &Message, topic: &str, marks: &Marks) -> Result<(OwnedHeaders, usize)> {
     let list = wire::encode(message, topic, marks, Carrier::Kafka);
     let mut bytes = 0usize;
     let mut out = OwnedHeaders::new_with_capacity(list.len());

@@ -234,10 +234,10 @@ pub(crate) async fn by_turn<R: Send + 'static>(
 
 /// Runs a handler's future. The handler is called inside of it, so that a panic
 /// before its first await is caught too.
-pub(crate) async fn guarded(
-    handled: impl Future<Output = Result<(), HandlerError>>,
+pub(crate) async fn guarded<T>(
+    handled: impl Future<Output = Result<T, HandlerError>>,
     limit: Option<Duration>,
-) -> Result<(), HandlerError> {
+) -> Result<T, HandlerError> {
     let handled = AssertUnwindSafe(handled).catch_unwind();
     let result = match limit {
         None => handled.await,

@@ -118,6 +118,24 @@ pub(super) fn kafka(kafka: &KafkaConfig, found: &mut Found) {
     if kafka.linger >= kafka.message_timeout {
         found.add("kafka.linger", "must be below kafka.message_timeout");
     }
+    if kafka
+        .transactional_id
+        .as_deref()
+        .is_some_and(|id| !is_id(id))
+    {
+        found.add(
+            "kafka.transactional_id",
+            "must be 1 to 200 printable characters without spaces; leave it out for one that is made up",
+        );
+    }
+    if kafka.transaction_timeout < Duration::from_secs(1)
+        || kafka.transaction_timeout > Duration::from_secs(900)
+    {
+        found.add(
+            "kafka.transaction_timeout",
+            "must be 1s to 15m; brokers refuse more unless they are told (transaction.max.timeout.ms)",
+        );
+    }
     for (value, path) in [
         (kafka.batch_size, "kafka.batch_size"),
         (kafka.window, "kafka.window"),
@@ -149,6 +167,10 @@ pub(super) fn kafka(kafka: &KafkaConfig, found: &mut Found) {
     if let Some(tls) = &kafka.tls {
         client_certificate(tls, "kafka.tls", found);
     }
+}
+
+fn is_id(id: &str) -> bool {
+    (1..=200).contains(&id.len()) && id.chars().all(|c| c.is_ascii_graphic())
 }
 
 fn client_certificate(tls: &TlsConfig, path: &str, found: &mut Found) {

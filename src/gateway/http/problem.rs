@@ -216,6 +216,10 @@ fn describe(code: ErrorCode) -> (StatusCode, &'static str) {
             "The schema registry cannot be asked",
         ),
         C::ScheduleNotFound => (StatusCode::NOT_FOUND, "Nothing of this id is scheduled"),
+        C::TransactionFenced => (
+            StatusCode::CONFLICT,
+            "Another publisher has the transactional id",
+        ),
         C::ReplayNotFound => (StatusCode::NOT_FOUND, "There is no such replay"),
         C::ReplayExists => (StatusCode::CONFLICT, "There is a replay of this id"),
         C::ReplayLimit => (StatusCode::TOO_MANY_REQUESTS, "Too many replays are active"),

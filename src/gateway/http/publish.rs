@@ -6,11 +6,11 @@
 use axum::{
     Json,
     body::{Body, Bytes},
-    extract::{Path, Request, State},
+    extract::{Path, Query, Request, State, rejection::QueryRejection},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{App, cloudevents, envelope, limits, ndjson, problem::Problem, raw};
 use crate::{
@@ -43,15 +43,28 @@ pub(super) enum Answer {
     },
 }
 
+/// What the path's parameters ask for.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Ask {
+    /// All of an array, or nothing of it.
+    atomic: bool,
+}
+
 /// Publishes what the request carries.
 pub(super) async fn publish(
     State(app): State<App>,
     Path(topic): Path<String>,
+    ask: Result<Query<Ask>, QueryRejection>,
     request: Request,
 ) -> Result<Response, Problem> {
+    let Query(ask) = ask.map_err(|e| Problem::parameter(e.body_text()).on(&topic))?;
     let intake = app.enter()?;
     let (parts, body) = request.into_parts();
     let form = Form::of(&parts.headers);
+    if ask.atomic && !matches!(form, Form::Envelope | Form::CloudEvents) {
+        return Err(not_an_array(&topic));
+    }
     if form != Form::Payload {
         raw::refuse_fields(&parts.headers)?;
         refuse_encoding(&parts.headers)?;
@@ -73,10 +86,10 @@ pub(super) async fn publish(
         Form::Envelope => {
             let body = read(body, batch_bytes(max), &topic).await?;
             if envelope::is_array(&body) {
-                many(&publisher, &topic, &body, |json| {
-                    envelope::parse(json, &topic)
-                })
-                .await
+                let parse = |json: &[u8]| envelope::parse(json, &topic);
+                array(&publisher, &topic, &body, ask.atomic, parse).await
+            } else if ask.atomic {
+                Err(not_an_array(&topic))
             } else if body.len() > limits::envelope_bytes(max) {
                 Err(too_large(limits::envelope_bytes(max), &topic))
             } else {
@@ -85,7 +98,14 @@ pub(super) async fn publish(
         }
         Form::CloudEvents => {
             let body = read(body, batch_bytes(max), &topic).await?;
-            many(&publisher, &topic, &body, cloudevents::structured).await
+            array(
+                &publisher,
+                &topic,
+                &body,
+                ask.atomic,
+                cloudevents::structured,
+            )
+            .await
         }
     }
 }
@@ -116,12 +136,12 @@ async fn one(publisher: &Publisher, topic: &str, message: Message) -> Result<Res
     Ok((status_of(&receipt), Json(receipt)).into_response())
 }
 
-/// Each element has an answer of its own at its own place. The status is 202
-/// when everything was spooled, else 200: the array as such was understood.
-async fn many(
+/// The elements of an array: each by itself, or all as one.
+async fn array(
     publisher: &Publisher,
     topic: &str,
     body: &[u8],
+    atomic: bool,
     parse: impl Fn(&[u8]) -> Result<Message, Problem>,
 ) -> Result<Response, Problem> {
     let elements = envelope::elements(body).map_err(|p| p.on(topic))?;
@@ -133,12 +153,41 @@ async fn many(
         ))
         .on(topic));
     }
-    let mut messages = Vec::with_capacity(elements.len());
-    // For each element: the id of the message made of it, or why none was.
-    let parsed: Vec<_> = elements
+    let parsed = elements
         .into_iter()
+        .map(|element| parse(element.get().as_bytes()));
+    if atomic {
+        as_one(publisher, topic, parsed).await
+    } else {
+        many(publisher, topic, parsed).await
+    }
+}
+
+/// One that cannot be read, or is refused, is the answer for all: nothing of them is
+/// published.
+async fn as_one(
+    publisher: &Publisher,
+    topic: &str,
+    parsed: impl Iterator<Item = Result<Message, Problem>>,
+) -> Result<Response, Problem> {
+    let messages: Vec<Message> = parsed.collect::<Result<_, _>>().map_err(|p| p.on(topic))?;
+    let receipts = publisher.publish_batch_atomic(messages).await;
+    let receipts = receipts.map_err(|e| Problem::from(e).on(topic))?;
+    Ok((StatusCode::OK, Json(receipts)).into_response())
+}
+
+/// Each element has an answer of its own at its own place. The status is 202
+/// when everything was spooled, else 200: the array as such was understood.
+async fn many(
+    publisher: &Publisher,
+    topic: &str,
+    parsed: impl Iterator<Item = Result<Message, Problem>>,
+) -> Result<Response, Problem> {
+    let mut messages = Vec::new();
+    // For each element: the id of the message made of it, or why none was.
+    let parsed: Vec<_> = parsed
         .map(|element| {
-            parse(element.get().as_bytes()).map(|message| {
+            element.map(|message| {
                 let id = message.id.clone();
                 messages.push(message);
                 id
@@ -232,6 +281,13 @@ async fn read(body: Body, max: usize, topic: &str) -> Result<Bytes, Problem> {
 
 fn too_large(max: usize, topic: &str) -> Problem {
     Problem::too_large(format!("the body is over the limit of {max} bytes")).on(topic)
+}
+
+fn not_an_array(topic: &str) -> Problem {
+    Problem::parameter(
+        "atomic=true is for an array: application/vnd.messaging-hub+json or application/cloudevents-batch+json",
+    )
+    .on(topic)
 }
 
 fn batch_bytes(max_message_bytes: usize) -> usize {

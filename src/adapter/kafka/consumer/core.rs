@@ -196,7 +196,7 @@ impl ConsumerContext for Context {
 }
 
 /// The partitions of a list.
-pub(super) fn names(list: &TopicPartitionList) -> Vec<TopicPartition> {
+pub(in crate::adapter::kafka) fn names(list: &TopicPartitionList) -> Vec<TopicPartition> {
     list.elements()
         .iter()
         .map(|e| (e.topic().to_owned(), e.partition()))
@@ -204,7 +204,7 @@ pub(super) fn names(list: &TopicPartitionList) -> Vec<TopicPartition> {
 }
 
 /// A list of partitions with offsets.
-pub(super) fn list_of(offsets: &[(TopicPartition, i64)]) -> TopicPartitionList {
+pub(in crate::adapter::kafka) fn list_of(offsets: &[(TopicPartition, i64)]) -> TopicPartitionList {
     let mut list = TopicPartitionList::with_capacity(offsets.len());
     for ((topic, partition), offset) in offsets {
         // Only a negative offset is turned down, and none is.
@@ -214,7 +214,7 @@ pub(super) fn list_of(offsets: &[(TopicPartition, i64)]) -> TopicPartitionList {
 }
 
 /// A list of partitions without offsets.
-pub(super) fn bare_list(partitions: &[TopicPartition]) -> TopicPartitionList {
+pub(in crate::adapter::kafka) fn bare_list(partitions: &[TopicPartition]) -> TopicPartitionList {
     let mut list = TopicPartitionList::with_capacity(partitions.len());
     for (topic, partition) in partitions {
         list.add_partition(topic, *partition);

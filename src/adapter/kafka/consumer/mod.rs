@@ -31,7 +31,6 @@ use self::{
     handout::HandOut,
     reader::Reader,
     state::Settle,
-    tracker::TopicPartition,
 };
 use super::{
     broker::Backend,
@@ -41,11 +40,14 @@ use super::{
 use crate::{
     broker::{Consumer, ConsumerControl, OffsetReset, RetryMode, Source, SubscribeOptions},
     error::{ErrorCode, Result},
+    topic::Pattern,
 };
 
 pub(super) use self::{
-    core::Command,
-    position::{resolve, steady},
+    core::{Command, bare_list, list_of, names},
+    position::{commit_start, committed, resolve, steady},
+    reader::fatal,
+    tracker::TopicPartition,
 };
 
 /// The consumers of a broker that run.
@@ -87,12 +89,8 @@ impl Consumers {
         let client = Client::from_config_and_context(&settings, Context(Arc::clone(&core)))
             .map_err(|e| failed(ErrorCode::InvalidConfig, "the consumer's settings", e))?;
         if plan.member {
-            let pattern = source.pattern();
-            let name = pattern
-                .literal()
-                .map_or_else(|| pattern.to_regex(), |t| t.as_str().to_owned());
             client
-                .subscribe(&[&name])
+                .subscribe(&[&subscribed(source.pattern())])
                 .map_err(|e| failed(ErrorCode::SubscribeFailed, "subscribing", e))?;
         }
         let (to_reader, deliveries) = mpsc::channel(plan.batches);
@@ -231,12 +229,12 @@ impl Consumers {
 }
 
 /// What options come to.
-struct Plan {
-    group: Option<String>,
-    member: bool,
+pub(super) struct Plan {
+    pub(super) group: Option<String>,
+    pub(super) member: bool,
     settle: Settle,
-    reset: OffsetReset,
-    window: usize,
+    pub(super) reset: OffsetReset,
+    pub(super) window: usize,
     /// Batches that wait for the reader at most.
     batches: usize,
     /// Deliveries of one batch at most.
@@ -244,7 +242,11 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(backend: &Backend, source: &Source, options: &SubscribeOptions) -> Result<Self> {
+    pub(super) fn new(
+        backend: &Backend,
+        source: &Source,
+        options: &SubscribeOptions,
+    ) -> Result<Self> {
         if options.exclusive {
             return Err(invalid(
                 "exclusive: Kafka cannot refuse other consumers; use a group of its own",
@@ -320,7 +322,8 @@ impl Plan {
         })
     }
 
-    fn settings(
+    /// The client's settings.
+    pub(super) fn settings(
         &self,
         backend: &Backend,
         options: &SubscribeOptions,
@@ -357,7 +360,7 @@ impl Plan {
             )
             .set("auto.offset.reset", reset)
             .set("partition.assignment.strategy", "cooperative-sticky")
-            .set("isolation.level", "read_committed")
+            .set("isolation.level", backend.config.isolation_level.as_str())
             .set("session.timeout.ms", &session)
             .set(
                 "heartbeat.interval.ms",
@@ -395,6 +398,13 @@ impl Plan {
         }
         Ok(c)
     }
+}
+
+/// A pattern as the client library takes it.
+pub(super) fn subscribed(pattern: &Pattern) -> String {
+    pattern
+        .literal()
+        .map_or_else(|| pattern.to_regex(), |t| t.as_str().to_owned())
 }
 
 /// Deliveries of one batch at most.

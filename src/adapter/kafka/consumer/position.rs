@@ -97,7 +97,7 @@ pub(in crate::adapter::kafka) fn resolve<C: ConsumerContext>(
 }
 
 /// The committed positions of a group, and the partitions that have none.
-pub(super) fn committed<C: ConsumerContext>(
+pub(in crate::adapter::kafka) fn committed<C: ConsumerContext>(
     client: &BaseConsumer<C>,
     partitions: &[TopicPartition],
 ) -> KafkaResult<(Offsets, Vec<TopicPartition>)> {
@@ -114,7 +114,7 @@ pub(super) fn committed<C: ConsumerContext>(
 }
 
 /// Gives a group a position where it has none yet.
-pub(super) fn commit_start<C: ConsumerContext>(
+pub(in crate::adapter::kafka) fn commit_start<C: ConsumerContext>(
     client: &BaseConsumer<C>,
     partitions: &[TopicPartition],
     reset: OffsetReset,

@@ -177,26 +177,15 @@ impl Reader {
     }
 
     fn fatal(&self, error: &KafkaError) -> Option<String> {
-        let code = raw_code(error);
-        match (error, code) {
-            (KafkaError::MessageConsumptionFatal(_), _) => Some(format!(
-                "the client failed for good: {error}; with static membership, another consumer has the same group_instance_id"
-            )),
-            (_, Some(Code::TopicAuthorizationFailed | Code::GroupAuthorizationFailed)) => {
-                Some(format!("not permitted to read: {error}"))
-            }
-            (_, Some(Code::AutoOffsetReset | Code::NoOffset))
-                if self.core.reset == OffsetReset::None =>
-            {
-                Some("the group has no committed position and offset_reset is none".to_owned())
-            }
-            // Who reads for ever waits for the topic to come back.
-            (
-                _,
-                Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition),
-            ) if self.ends.is_bounded() => Some(DELETED.to_owned()),
-            _ => None,
+        // Who reads for ever waits for the topic to come back.
+        let gone = matches!(
+            raw_code(error),
+            Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition)
+        );
+        if gone && self.ends.is_bounded() {
+            return Some(DELETED.to_owned());
         }
+        fatal(error, self.core.reset)
     }
 
     /// Reports whether the broker has the subscription.
@@ -404,6 +393,22 @@ impl Reader {
                 tracing::warn!(target: "messaging_hub::kafka", %error, "the last offsets were not committed; those messages come again");
             }
         }
+    }
+}
+
+/// Why a consumer that got this error gets nothing more, if that is so.
+pub(in crate::adapter::kafka) fn fatal(error: &KafkaError, reset: OffsetReset) -> Option<String> {
+    match (error, raw_code(error)) {
+        (KafkaError::MessageConsumptionFatal(_), _) => Some(format!(
+            "the client failed for good: {error}; with static membership, another consumer has the same group_instance_id"
+        )),
+        (_, Some(Code::TopicAuthorizationFailed | Code::GroupAuthorizationFailed)) => {
+            Some(format!("not permitted to read: {error}"))
+        }
+        (_, Some(Code::AutoOffsetReset | Code::NoOffset)) if reset == OffsetReset::None => {
+            Some("the group has no committed position and offset_reset is none".to_owned())
+        }
+        _ => None,
     }
 }
 

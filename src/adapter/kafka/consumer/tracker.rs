@@ -9,7 +9,7 @@
 use std::collections::{HashMap, VecDeque};
 
 /// A partition of a topic.
-pub(super) type TopicPartition = (String, i32);
+pub(in crate::adapter::kafka) type TopicPartition = (String, i32);
 
 /// What was delivered, and to whom it belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

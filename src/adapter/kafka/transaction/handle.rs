@@ -1,0 +1,177 @@
+//! Runs a transformer over what a batch has: the messages of a partition one after
+//! the other, partitions side by side. It writes and commits nothing.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use futures_util::{StreamExt, stream};
+use tokio_util::sync::CancellationToken;
+
+use super::held::{Handled, Item, Part};
+use crate::{
+    adapter::kafka::broker::letter,
+    broker::{
+        HandlerError, OrderKey, Outgoing, SubscribeOptions, Transformer,
+        dispatch::{EVENT_RETRY_DELAY, guarded},
+        options::Filter,
+    },
+    error::Error,
+    message::wire::Failure,
+    metrics::MetricsRecorder,
+    topic::Topic,
+};
+
+/// How messages are handled.
+pub(super) struct Rules {
+    pub(super) transformer: Arc<dyn Transformer>,
+    pub(super) recorder: Arc<MetricsRecorder>,
+    /// Where messages go that failed for good.
+    pub(super) dead_letters: Topic,
+    /// Partitions at once.
+    pub(super) concurrency: usize,
+    /// No further message is begun.
+    pub(super) stopping: CancellationToken,
+    filter: Option<Filter>,
+    timeout: Option<Duration>,
+    retry_on_error: bool,
+    max_retries: Option<u32>,
+    retry_delay: Duration,
+}
+
+impl Rules {
+    pub(super) fn new(
+        options: &SubscribeOptions,
+        transformer: Arc<dyn Transformer>,
+        recorder: Arc<MetricsRecorder>,
+        dead_letters: Topic,
+        stopping: CancellationToken,
+    ) -> Self {
+        Self {
+            transformer,
+            recorder,
+            dead_letters,
+            concurrency: options.concurrency.unwrap_or(CONCURRENCY).max(1),
+            stopping,
+            filter: options.filter.clone(),
+            timeout: options.handler_timeout,
+            retry_on_error: options.retry_on_error,
+            max_retries: options.max_retries,
+            retry_delay: options.retry_delay.unwrap_or(EVENT_RETRY_DELAY),
+        }
+    }
+}
+
+/// Handles a batch.
+pub(super) async fn handle(parts: Vec<Part>, rules: Arc<Rules>) -> Vec<Handled> {
+    let concurrency = rules.concurrency;
+    stream::iter(parts)
+        .map(|part| handle_part(part, Arc::clone(&rules)))
+        .buffer_unordered(concurrency)
+        .collect()
+        .await
+}
+
+async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
+    let mut handled = Handled {
+        place: part.place,
+        generation: part.generation,
+        outputs: Vec::new(),
+        next: None,
+        done: 0,
+        failed: None,
+        left: part.items,
+    };
+    // Enough for one transaction; the rest is for the next.
+    while handled.outputs.len() < ENOUGH && !rules.stopping.is_cancelled() {
+        let Some(item) = handled.left.front() else {
+            break;
+        };
+        match one(item, &rules).await {
+            Ok(mut made) => handled.outputs.append(&mut made),
+            Err((failure, true)) => {
+                rules.recorder.messages_retried.inc();
+                handled.failed = Some((failure, rules.retry_delay));
+                break;
+            }
+            Err((failure, false)) => {
+                rules.recorder.messages_dead_lettered.inc();
+                handled.outputs.push(buried(item, failure, &rules));
+            }
+        }
+        handled.next = Some(item.offset + 1);
+        handled.done += 1;
+        handled.left.pop_front();
+    }
+    handled
+}
+
+/// What one message becomes, or why it failed, and whether it is tried again.
+async fn one(item: &Item, rules: &Rules) -> Result<Vec<Outgoing>, (Failure, bool)> {
+    if let Some(filter) = &rules.filter {
+        // A filter that panics lets everything pass.
+        let passes = std::panic::catch_unwind(AssertUnwindSafe(|| filter.passes(&item.received)));
+        if !passes.unwrap_or(true) {
+            return Ok(Vec::new());
+        }
+    }
+    rules.recorder.messages_consumed.inc();
+    let (transformer, received) = (Arc::clone(&rules.transformer), item.received.clone());
+    let work = async move { transformer.transform(received).await };
+    let error = match guarded(work, rules.timeout).await {
+        Ok(made) => {
+            rules.recorder.messages_processed.inc();
+            return Ok(made);
+        }
+        Err(error) => error,
+    };
+    rules.recorder.messages_failed.inc();
+    let again = rules.again(&error, item);
+    tracing::debug!(target: "messaging_hub::kafka", topic = %item.received.topic,
+        id = %item.received.message.id, %error, again, "a transform failed");
+    let failure = Failure::now(
+        &error.reason,
+        &error.details,
+        &item.received.topic,
+        item.received.marks.failure.as_deref(),
+    );
+    Err((failure, again))
+}
+
+impl Rules {
+    fn again(&self, error: &HandlerError, item: &Item) -> bool {
+        let message = &item.received.message;
+        let limit = self.max_retries.unwrap_or(message.max_retries);
+        error.retryable && self.retry_on_error && message.retry_count < limit
+    }
+}
+
+/// The dead letter of a message whose outputs the broker refuses.
+pub(super) fn bury(item: &Item, why: &Error, rules: &Rules) -> Outgoing {
+    let failure = Failure::now(
+        "refused",
+        why.to_string(),
+        &item.received.topic,
+        item.received.marks.failure.as_deref(),
+    );
+    rules.recorder.messages_dead_lettered.inc();
+    buried(item, failure, rules)
+}
+
+fn buried(item: &Item, failure: Failure, rules: &Rules) -> Outgoing {
+    let (message, marks) = letter(&item.received, failure);
+    let order = message.key.as_ref().map_or_else(
+        || OrderKey::Publisher(u64::from(crc32fast::hash(message.id.as_str().as_bytes()))),
+        |key| OrderKey::Key(key.clone()),
+    );
+    Outgoing {
+        topic: rules.dead_letters.clone(),
+        message: Arc::new(message),
+        order,
+        marks,
+    }
+}
+
+/// Partitions that are handled at once unless the subscription says otherwise.
+const CONCURRENCY: usize = 16;
+
+/// Messages that a partition adds to one transaction before it stops.
+const ENOUGH: usize = 10_000;

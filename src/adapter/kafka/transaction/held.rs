@@ -1,0 +1,311 @@
+//! What a transform holds of each partition: messages that were read and are not
+//! committed, in order, and how often the first of them failed. Pure.
+//!
+//! A failing message holds up its own partition only: what stands before it is
+//! committed, and it is tried again after its rest, with all that is behind it. Each
+//! assignment of a partition is a generation of its own; what an earlier one was
+//! given counts no more.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    adapter::kafka::consumer::TopicPartition,
+    broker::{Outgoing, Received},
+    message::wire::Failure,
+};
+
+/// A message, and where it stands.
+#[derive(Clone, Debug)]
+pub(super) struct Item {
+    pub(super) offset: i64,
+    pub(super) received: Received,
+}
+
+/// What a batch has of one partition.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) place: TopicPartition,
+    pub(super) generation: u64,
+    pub(super) items: VecDeque<Item>,
+}
+
+/// What became of a part.
+#[derive(Debug)]
+pub(super) struct Handled {
+    pub(super) place: TopicPartition,
+    pub(super) generation: u64,
+    /// What is to be written.
+    pub(super) outputs: Vec<Outgoing>,
+    /// Behind the last message that is done, if one is.
+    pub(super) next: Option<i64>,
+    /// Messages that are done.
+    pub(super) done: u64,
+    /// The first that is not done failed, and is tried again after this long.
+    pub(super) failed: Option<(Failure, Duration)>,
+    /// What is not done.
+    pub(super) left: VecDeque<Item>,
+}
+
+/// All partitions of one transform.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    partitions: BTreeMap<TopicPartition, Partition>,
+    generations: u64,
+}
+
+#[derive(Debug)]
+struct Partition {
+    generation: u64,
+    queue: VecDeque<Item>,
+    /// The last offset that was taken in.
+    newest: Option<i64>,
+    /// Where it was read from first, for a group without a position.
+    first: Option<i64>,
+    /// It rests until then.
+    rest: Option<Instant>,
+    /// The message that failed last: its offset, how often, and why. Outlives a
+    /// rewind, so that what fails again and again is counted.
+    tried: Option<(i64, u32, Failure)>,
+}
+
+impl Held {
+    /// A partition is ours from now on.
+    pub(super) fn assign(&mut self, place: TopicPartition) {
+        self.generations += 1;
+        let fresh = Partition {
+            generation: self.generations,
+            queue: VecDeque::new(),
+            newest: None,
+            first: None,
+            rest: None,
+            tried: None,
+        };
+        self.partitions.insert(place, fresh);
+    }
+
+    /// A partition is no longer ours; nothing of it is committed any more.
+    pub(super) fn revoke(&mut self, place: &TopicPartition) {
+        self.partitions.remove(place);
+    }
+
+    /// Every partition that is ours, and where it was read from first.
+    pub(super) fn places(&self) -> Vec<(TopicPartition, Option<i64>)> {
+        self.partitions
+            .iter()
+            .map(|(place, p)| (place.clone(), p.first))
+            .collect()
+    }
+
+    /// Messages that wait for their turn, and not for the end of a rest.
+    pub(super) fn waiting(&self) -> usize {
+        let awake = self.partitions.values().filter(|p| p.rest.is_none());
+        awake.map(|p| p.queue.len()).sum()
+    }
+
+    /// Partitions that rest.
+    pub(super) fn resting(&self) -> impl Iterator<Item = &TopicPartition> {
+        let resting = self.partitions.iter().filter(|(_, p)| p.rest.is_some());
+        resting.map(|(place, _)| place)
+    }
+
+    /// Takes a message in; a repeat, or one of a partition that is not ours, is not.
+    pub(super) fn take_in(&mut self, place: &TopicPartition, mut item: Item) {
+        let Some(p) = self.partitions.get_mut(place) else {
+            return;
+        };
+        if p.newest.is_some_and(|newest| item.offset <= newest) {
+            return;
+        }
+        p.newest = Some(item.offset);
+        p.first.get_or_insert(item.offset);
+        if let Some((offset, times, failure)) = &p.tried
+            && *offset == item.offset
+        {
+            note(&mut item, *times, failure.clone());
+        }
+        p.queue.push_back(item);
+    }
+
+    /// Everything that does not rest, or one message of it.
+    pub(super) fn batch(&mut self, now: Instant, one: bool) -> Vec<Part> {
+        let mut parts = Vec::new();
+        for (place, p) in &mut self.partitions {
+            if p.rest.is_some_and(|until| now < until) {
+                continue;
+            }
+            p.rest = None;
+            if p.queue.is_empty() {
+                continue;
+            }
+            let rest = p.queue.split_off(if one { 1 } else { p.queue.len() });
+            parts.push(Part {
+                place: place.clone(),
+                generation: p.generation,
+                items: std::mem::replace(&mut p.queue, rest),
+            });
+            if one {
+                break;
+            }
+        }
+        parts
+    }
+
+    /// Takes back what was not done. False: the partition is another's by now, and
+    /// nothing of the part may be committed.
+    pub(super) fn settle(&mut self, handled: &mut Handled, now: Instant) -> bool {
+        let current = self
+            .partitions
+            .get_mut(&handled.place)
+            .filter(|p| p.generation == handled.generation);
+        let Some(p) = current else {
+            return false;
+        };
+        let mut left = std::mem::take(&mut handled.left);
+        if let (Some((failure, rest)), Some(first)) = (handled.failed.take(), left.front_mut()) {
+            let times = first.received.message.retry_count.saturating_add(1);
+            note(first, times, failure.clone());
+            p.tried = Some((first.offset, times, failure));
+            p.rest = Some(now + rest);
+        }
+        left.append(&mut p.queue);
+        p.queue = left;
+        true
+    }
+
+    /// Forgets what was read; it is read again from the committed positions.
+    pub(super) fn rewind(&mut self) {
+        for p in self.partitions.values_mut() {
+            p.queue.clear();
+            p.newest = None;
+        }
+    }
+}
+
+/// Notes failed attempts in what the next one sees.
+fn note(item: &mut Item, times: u32, failure: Failure) {
+    let message = Arc::make_mut(&mut item.received.message);
+    message.retry_count = times;
+    message.redelivered = true;
+    message.error = Some(failure.details.clone());
+    Arc::make_mut(&mut item.received.marks).failure = Some(Box::new(failure));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{broker::BrokerType, message::Message, topic::Topic};
+
+    fn place(n: i32) -> TopicPartition {
+        ("t".to_owned(), n)
+    }
+
+    fn item(offset: i64) -> Item {
+        Item {
+            offset,
+            received: Received {
+                topic: Topic::new("t").unwrap(),
+                message: Arc::new(Message::default()),
+                marks: Arc::default(),
+                via: BrokerType::Kafka,
+            },
+        }
+    }
+
+    fn held(partitions: i32, messages: i64) -> Held {
+        let mut held = Held::default();
+        for n in 0..partitions {
+            held.assign(place(n));
+            for offset in 0..messages {
+                held.take_in(&place(n), item(offset));
+            }
+        }
+        held
+    }
+
+    /// Done up to `done`; the next one failed.
+    fn failing(mut part: Part, done: usize) -> Handled {
+        let left = part.items.split_off(done);
+        Handled {
+            place: part.place,
+            generation: part.generation,
+            outputs: Vec::new(),
+            next: part.items.back().map(|i| i.offset + 1),
+            done: done as u64,
+            failed: Some((
+                Failure::now("handler_error", "no", "t", None),
+                Duration::from_secs(1),
+            )),
+            left,
+        }
+    }
+
+    #[test]
+    fn a_failing_message_rests_with_what_is_behind_it_and_stops_its_partition_alone() {
+        let mut held = held(2, 5);
+        let now = Instant::now();
+        let mut parts = held.batch(now, false);
+        assert_eq!((parts.len(), held.waiting()), (2, 0));
+        held.take_in(&place(0), item(5));
+        let mut handled = failing(parts.remove(0), 2);
+        assert_eq!(handled.next, Some(2));
+        assert!(held.settle(&mut handled, now));
+        held.take_in(&place(1), item(5));
+        // Only the other partition goes on.
+        let parts = held.batch(now, false);
+        assert_eq!(parts.len(), 1);
+        assert_eq!(parts[0].place, place(1));
+        // After its rest, in order, with the attempt counted.
+        let again = held.batch(now + Duration::from_secs(1), false).remove(0);
+        let offsets: Vec<i64> = again.items.iter().map(|i| i.offset).collect();
+        assert_eq!(offsets, [2, 3, 4, 5]);
+        assert_eq!(again.items[0].received.message.retry_count, 1);
+        assert_eq!(again.items[1].received.message.retry_count, 0);
+    }
+
+    #[test]
+    fn attempts_are_counted_over_a_rewind() {
+        let mut held = held(1, 3);
+        let now = Instant::now();
+        let mut handled = failing(held.batch(now, false).remove(0), 1);
+        assert!(held.settle(&mut handled, now));
+        held.rewind();
+        assert_eq!(held.waiting(), 0);
+        for offset in 1..3 {
+            held.take_in(&place(0), item(offset));
+        }
+        let later = now + Duration::from_secs(1);
+        let mut handled = failing(held.batch(later, false).remove(0), 0);
+        assert_eq!(handled.left[0].received.message.retry_count, 1);
+        assert!(held.settle(&mut handled, later));
+        let again = held.batch(later + Duration::from_secs(1), false).remove(0);
+        assert_eq!(again.items[0].received.message.retry_count, 2);
+    }
+
+    #[test]
+    fn what_an_earlier_assignment_was_given_counts_no_more() {
+        let mut held = held(1, 3);
+        let now = Instant::now();
+        let part = held.batch(now, false).remove(0);
+        held.revoke(&place(0));
+        held.take_in(&place(0), item(3));
+        assert_eq!(held.waiting(), 0);
+        held.assign(place(0));
+        held.take_in(&place(0), item(0));
+        let mut handled = failing(part, 3);
+        assert!(!held.settle(&mut handled, now));
+        assert_eq!(held.waiting(), 1);
+    }
+
+    #[test]
+    fn an_offset_is_taken_in_once() {
+        let mut held = held(1, 3);
+        held.take_in(&place(0), item(2));
+        held.take_in(&place(0), item(1));
+        assert_eq!(held.waiting(), 3);
+        assert_eq!(held.places(), [(place(0), Some(0))]);
+    }
+}

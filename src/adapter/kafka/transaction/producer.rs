@@ -1,0 +1,265 @@
+//! One transactional producer of librdkafka, owned by the thread that calls it:
+//! every call blocks, for a slice of time at most. It decides nothing; it says what
+//! the client library says, as a [`Trouble`].
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use rdkafka::{
+    ClientConfig, ClientContext, TopicPartitionList,
+    config::{FromClientConfigAndContext, RDKafkaLogLevel},
+    consumer::ConsumerGroupMetadata,
+    error::KafkaError,
+    message::Message as _,
+    producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext},
+    types::RDKafkaErrorCode as Code,
+};
+
+use super::machine::Trouble;
+use crate::{
+    adapter::kafka::{
+        error::{failed, fate, raw_code},
+        link::{Link, log},
+        record::Shape,
+    },
+    broker::{Fate, Outgoing, Position},
+    error::{Error, ErrorCode, Result},
+};
+
+/// What went wrong in a call.
+#[derive(Clone, Debug)]
+pub(super) struct Failed {
+    pub(super) trouble: Trouble,
+    pub(super) error: KafkaError,
+}
+
+/// What became of the records of one transaction.
+#[derive(Debug, Default)]
+struct Book {
+    positions: Vec<Option<Position>>,
+    owed: usize,
+    /// The first that was not stored, and why.
+    failed: Option<(usize, KafkaError)>,
+}
+
+struct Context {
+    link: Arc<Link>,
+    book: Mutex<Book>,
+}
+
+impl Context {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        // A book is whole whenever the lock is free.
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, fac: &str, message: &str) {
+        log(level, fac, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        // Fatal ones are seen by whichever call comes next.
+        if raw_code(&error) != Some(Code::Fatal) {
+            self.link.report(&error, reason);
+        }
+    }
+}
+
+impl ProducerContext for Context {
+    type DeliveryOpaque = usize;
+
+    /// Called by the polls of the thread that owns the producer.
+    fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
+        let mut book = self.book();
+        book.owed = book.owed.saturating_sub(1);
+        match result {
+            Ok(record) => {
+                self.link.delivered();
+                if let Some(slot) = book.positions.get_mut(index) {
+                    *slot = Some(Position {
+                        partition: record.partition(),
+                        offset: record.offset(),
+                    });
+                }
+            }
+            // What is purged follows from the first that failed.
+            Err((error, _)) => {
+                book.failed.get_or_insert((index, error.clone()));
+            }
+        }
+    }
+}
+
+/// A producer of one transactional id.
+pub(super) struct Producer {
+    inner: BaseProducer<Context>,
+}
+
+impl Producer {
+    /// Makes one; it connects by itself.
+    ///
+    /// # Errors
+    /// `INVALID_CONFIG` with what the client library says.
+    pub(super) fn new(settings: &ClientConfig, link: Arc<Link>) -> Result<Self> {
+        let context = Context {
+            link,
+            book: Mutex::default(),
+        };
+        let inner = BaseProducer::from_config_and_context(settings, context).map_err(|e| {
+            failed(
+                ErrorCode::InvalidConfig,
+                "the transactional producer's settings",
+                e,
+            )
+        })?;
+        Ok(Self { inner })
+    }
+
+    /// Makes it the only one of its id: fences others, and ends what they left.
+    pub(super) fn prepare(&self) -> Result<(), Failed> {
+        self.inner.init_transactions(SLICE).map_err(Failed::from)
+    }
+
+    pub(super) fn begin(&self, records: usize) -> Result<(), Failed> {
+        *self.inner.context().book() = Book {
+            positions: vec![None; records],
+            ..Book::default()
+        };
+        self.inner.begin_transaction().map_err(Failed::from)
+    }
+
+    /// Hands over one record, waiting for room in the queue until `until`.
+    pub(super) fn write(
+        &self,
+        index: usize,
+        out: &Outgoing,
+        shape: Shape,
+        until: Instant,
+    ) -> Result<(), Failed> {
+        let mut record: BaseRecord<'_, [u8], [u8], usize> =
+            BaseRecord::with_opaque_to(out.topic.as_str(), index)
+                .partition(shape.partition)
+                .payload(out.message.payload.as_ref())
+                .timestamp(out.message.timestamp.as_millis())
+                .headers(shape.headers);
+        record.key = out.message.key.as_ref().map(|k| k.as_bytes());
+        loop {
+            self.inner.context().book().owed += 1;
+            let (error, back) = match self.inner.send(record) {
+                Ok(()) => return Ok(()),
+                Err(refused) => refused,
+            };
+            self.inner.context().book().owed -= 1;
+            if raw_code(&error) != Some(Code::QueueFull) || Instant::now() >= until {
+                return Err(Failed::from(error));
+            }
+            record = back;
+            self.inner.poll(TICK);
+        }
+    }
+
+    /// Serves callbacks for a moment, and says whether every record has its outcome.
+    pub(super) fn settled(&self) -> bool {
+        // The library's poll uses up its time whatever comes, so it is short.
+        self.inner.poll(if self.inner.context().book().owed == 0 {
+            Duration::ZERO
+        } else {
+            TICK
+        });
+        self.inner.context().book().owed == 0
+    }
+
+    /// The first record that was not stored: which, and what that means.
+    pub(super) fn refusal(&self, batch: &[Outgoing], bytes: usize) -> Option<(Trouble, Error)> {
+        let (index, error) = self.inner.context().book().failed.clone()?;
+        let out = batch.get(index)?;
+        let size = out.message.payload.len();
+        let error_of = match fate(&error, &out.topic, size, bytes) {
+            Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => e,
+            Fate::Confirmed(_) => return None,
+        };
+        let told = error_of.with_id(out.message.id.as_str());
+        Some((Failed::from(error).trouble.max_abort(), told))
+    }
+
+    /// Where the records are.
+    pub(super) fn positions(&self) -> Vec<Option<Position>> {
+        self.inner.context().book().positions.clone()
+    }
+
+    pub(super) fn offsets(
+        &self,
+        offsets: &TopicPartitionList,
+        member: &ConsumerGroupMetadata,
+    ) -> Result<(), Failed> {
+        let sent = self
+            .inner
+            .send_offsets_to_transaction(offsets, member, SLICE);
+        sent.map_err(|error| {
+            let failed = Failed::from(error);
+            match raw_code(&failed.error) {
+                // The group has gone on without this member.
+                Some(
+                    Code::IllegalGeneration
+                    | Code::UnknownMemberId
+                    | Code::FencedInstanceId
+                    | Code::RebalanceInProgress,
+                ) => Failed {
+                    trouble: Trouble::Abortable,
+                    ..failed
+                },
+                _ => failed,
+            }
+        })
+    }
+
+    pub(super) fn commit(&self) -> Result<(), Failed> {
+        self.inner.commit_transaction(SLICE).map_err(Failed::from)
+    }
+
+    pub(super) fn abort(&self) -> Result<(), Failed> {
+        // The outcomes of what is purged have to be taken, or the call waits for it.
+        self.inner.poll(Duration::ZERO);
+        self.inner.abort_transaction(SLICE).map_err(Failed::from)
+    }
+}
+
+impl Trouble {
+    /// The trouble of one record costs its transaction at least.
+    fn max_abort(self) -> Self {
+        match self {
+            Self::Passing => Self::Abortable,
+            other => other,
+        }
+    }
+}
+
+impl From<KafkaError> for Failed {
+    fn from(error: KafkaError) -> Self {
+        let fenced = matches!(
+            raw_code(&error),
+            Some(Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch)
+        );
+        let trouble = match &error {
+            KafkaError::Transaction(e) if e.is_fatal() && fenced => Trouble::Fenced,
+            KafkaError::Transaction(e) if e.is_fatal() => Trouble::Fatal,
+            KafkaError::Transaction(e) if e.txn_requires_abort() => Trouble::Abortable,
+            KafkaError::Transaction(e) if e.is_retriable() => Trouble::Passing,
+            KafkaError::Flush(_) => Trouble::Passing,
+            // Of a record; a producer that failed for good says so in the abort.
+            KafkaError::MessageProduction(_) => Trouble::Abortable,
+            _ => Trouble::Fatal,
+        };
+        Self { trouble, error }
+    }
+}
+
+/// How long one call may take; a deadline and an end are seen after it.
+const SLICE: Duration = Duration::from_millis(200);
+
+/// How long callbacks are waited for at once.
+const TICK: Duration = Duration::from_millis(2);

@@ -1,0 +1,159 @@
+//! Readers that know nothing of the hub: a bare client that reads what is committed
+//! (or everything) up to where the broker says that it ends, and Kafka's own console.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use rdkafka::{
+    ClientConfig, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer as _},
+    error::KafkaError,
+    message::{Headers as _, Message as _},
+};
+
+use crate::{common::WAIT, support::Kafka};
+
+/// One record.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Seen {
+    pub(crate) topic: String,
+    pub(crate) partition: i32,
+    pub(crate) offset: i64,
+    pub(crate) id: String,
+    pub(crate) body: String,
+    pub(crate) headers: BTreeMap<String, String>,
+}
+
+/// What readers of what is committed see of topics now.
+pub(crate) async fn committed(bootstrap: &str, topics: &[&str]) -> Vec<Seen> {
+    read(bootstrap, topics, "read_committed").await
+}
+
+/// Everything that was written, also what was aborted.
+pub(crate) async fn written(bootstrap: &str, topics: &[&str]) -> Vec<Seen> {
+    read(bootstrap, topics, "read_uncommitted").await
+}
+
+async fn read(bootstrap: &str, topics: &[&str], isolation: &str) -> Vec<Seen> {
+    let topics: Vec<String> = topics.iter().map(|t| (*t).to_owned()).collect();
+    let (bootstrap, isolation) = (bootstrap.to_owned(), isolation.to_owned());
+    tokio::task::spawn_blocking(move || read_now(&bootstrap, &topics, &isolation))
+        .await
+        .unwrap()
+}
+
+fn read_now(bootstrap: &str, topics: &[String], isolation: &str) -> Vec<Seen> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", bootstrap)
+        .set("group.id", "a-bare-reader")
+        .set("enable.auto.commit", "false")
+        .set("isolation.level", isolation)
+        .set("enable.partition.eof", "true")
+        .set("reconnect.backoff.max.ms", "200")
+        .create()
+        .unwrap();
+    let mut list = TopicPartitionList::new();
+    for topic in topics {
+        let metadata = (0..30)
+            .find_map(|_| consumer.fetch_metadata(Some(topic), WAIT).ok())
+            .expect("metadata");
+        for partition in metadata.topics()[0].partitions() {
+            list.add_partition_offset(topic, partition.id(), Offset::Beginning)
+                .unwrap();
+        }
+    }
+    let mut open = list.count();
+    consumer.assign(&list).unwrap();
+    let until = std::time::Instant::now() + 2 * WAIT;
+    let mut seen = Vec::new();
+    while open > 0 {
+        assert!(
+            std::time::Instant::now() < until,
+            "the ends were not reached"
+        );
+        match consumer.poll(Duration::from_millis(200)) {
+            None => {}
+            Some(Err(KafkaError::PartitionEOF(_))) => open -= 1,
+            // While the broker is away.
+            Some(Err(_)) => {}
+            Some(Ok(m)) => {
+                let headers: BTreeMap<String, String> = m
+                    .headers()
+                    .into_iter()
+                    .flat_map(|h| h.iter())
+                    .map(|h| {
+                        let value = String::from_utf8_lossy(h.value.unwrap_or_default());
+                        (h.key.to_owned(), value.into_owned())
+                    })
+                    .collect();
+                seen.push(Seen {
+                    topic: m.topic().to_owned(),
+                    partition: m.partition(),
+                    offset: m.offset(),
+                    id: headers.get("hub-id").cloned().unwrap_or_default(),
+                    body: String::from_utf8_lossy(m.payload().unwrap_or_default()).into_owned(),
+                    headers,
+                });
+            }
+        }
+    }
+    seen
+}
+
+/// Watches how much was written to a topic, committed or not.
+pub(crate) struct Ends {
+    consumer: BaseConsumer,
+    topic: String,
+    partitions: i32,
+}
+
+impl Ends {
+    pub(crate) fn new(bootstrap: &str, topic: &str, partitions: i32) -> Self {
+        let consumer = ClientConfig::new()
+            .set("bootstrap.servers", bootstrap)
+            .set("group.id", "a-bare-reader")
+            .create()
+            .unwrap();
+        Self {
+            consumer,
+            topic: topic.to_owned(),
+            partitions,
+        }
+    }
+
+    /// Records of all partitions, markers included.
+    pub(crate) fn sum(&self) -> i64 {
+        let end = |n| {
+            self.consumer
+                .fetch_watermarks(&self.topic, n, WAIT)
+                .unwrap()
+                .1
+        };
+        tokio::task::block_in_place(|| (0..self.partitions).map(end).sum())
+    }
+}
+
+/// The bodies that Kafka's own console shows to a reader of what is committed.
+pub(crate) async fn console(node: &Kafka, topic: &str) -> Vec<String> {
+    let shown = node
+        .ctl(&[
+            "org.apache.kafka.tools.consumer.ConsoleConsumer",
+            "--topic",
+            topic,
+            "--from-beginning",
+            "--timeout-ms",
+            "8000",
+            "--isolation-level",
+            "read_committed",
+        ])
+        .await;
+    shown.lines().map(str::to_owned).collect()
+}
+
+/// How often each thing comes, for what is to come once.
+pub(crate) fn counts(bodies: impl IntoIterator<Item = String>) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for body in bodies {
+        *counts.entry(body).or_default() += 1;
+    }
+    counts
+}

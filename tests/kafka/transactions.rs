@@ -1,0 +1,413 @@
+//! Batches that are visible as one: whole or not at all, aborted, fenced, refused,
+//! and what a killed process leaves behind.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use messaging_hub::{
+    Assume, ErrorCode, Message, MessageBroker, MessageId, Outcome, PublishOptions, Task, Timestamp,
+    Topic,
+    adapter::{
+        embedded::{EmbeddedBroker, EmbeddedConfig},
+        kafka::{KafkaBroker, KafkaConfig},
+    },
+    broker::{EventStreamBroker, TopicOptions},
+    hub::{HubConfig, MessagingHub, Transactions},
+    topology::{Topology, TopologyMode},
+};
+
+use crate::{
+    common::*,
+    foreign::{committed, console, counts, written},
+    support::{Kafka, need, shared_kafka, unique},
+};
+
+pub(crate) fn hub_over(broker: &Arc<KafkaBroker>) -> MessagingHub {
+    let hub = MessagingHub::new(HubConfig::default(), Topology::default());
+    hub.set_event_stream_broker(broker.clone());
+    hub
+}
+
+async fn close(hub: MessagingHub) {
+    hub.close(Duration::from_secs(10)).await;
+}
+
+/// Numbered texts of a round, over keys.
+fn round(round: usize, messages: std::ops::Range<usize>) -> Vec<Message> {
+    messages
+        .map(|n| text(&format!("{round}/{n}")).with_key(format!("k{}", n % 50)))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_over_topics_and_partitions_is_seen_whole_or_not_at_all() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(config(node.bootstrap())).await;
+    let (a, b) = (
+        topic(&broker, "tx-a", 3).await,
+        topic(&broker, "tx-b", 2).await,
+    );
+    let hub = hub_over(&broker);
+    let transactions = hub.transactions(&unique("tx")).await.unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let reader = tokio::spawn({
+        let (done, bootstrap) = (done.clone(), node.bootstrap().to_owned());
+        let names = [a.as_str().to_owned(), b.as_str().to_owned()];
+        async move {
+            let mut looks = Vec::new();
+            loop {
+                let last = done.load(Ordering::Acquire);
+                let topics: Vec<&str> = names.iter().map(String::as_str).collect();
+                // What a partition shows of each round.
+                let mut shown: BTreeMap<(String, i32, String), usize> = BTreeMap::new();
+                for seen in committed(&bootstrap, &topics).await {
+                    let of = seen.body.split('/').next().unwrap().to_owned();
+                    *shown.entry((seen.topic, seen.partition, of)).or_default() += 1;
+                }
+                looks.push(shown);
+                if last {
+                    return looks;
+                }
+            }
+        }
+    });
+    for n in 0..5 {
+        let mut transaction = transactions.begin();
+        for message in round(n, 0..500) {
+            transaction.publish(&a, message).await.unwrap();
+        }
+        for message in round(n, 500..1000) {
+            transaction.publish(&b, message).await.unwrap();
+        }
+        assert_eq!(transaction.len(), 1000);
+        if n == 2 {
+            // Forgotten: nothing of it was written.
+            transaction.abort();
+            continue;
+        }
+        let receipts = transaction.commit().await.unwrap();
+        assert_eq!(receipts.len(), 1000);
+        assert!(receipts.iter().all(|r| matches!(
+            r.outcome,
+            Outcome::Delivered {
+                position: Some(_),
+                ..
+            }
+        )));
+    }
+    done.store(true, Ordering::Release);
+    let looks = reader.await.unwrap();
+    let last = looks.last().unwrap();
+    assert_eq!(last.values().sum::<usize>(), 4000);
+    assert!(last.keys().all(|(_, _, of)| of != "2"));
+    for look in &looks {
+        for (place, count) in look {
+            assert_eq!(*count, last[place], "{place:?} was seen in part");
+        }
+    }
+    eprintln!("{} looks", looks.len());
+    let foreign = counts(console(&node, &a).await);
+    assert_eq!(foreign.len(), 2000);
+    assert!(foreign.values().all(|n| *n == 1));
+    close(hub).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_with_a_message_that_the_broker_refuses_leaves_nothing_visible() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(config(node.bootstrap())).await;
+    let topic = Topic::new(unique("tx-refused")).unwrap();
+    let options = TopicOptions {
+        partitions: 2,
+        max_message_bytes: Some(20_000),
+        ..TopicOptions::default()
+    };
+    broker.create_topic(&topic, &options).await.unwrap();
+    let hub = hub_over(&broker);
+    let mut messages = round(0, 0..500);
+    // Random bytes, so that compression does not make them fit.
+    messages[400].payload = (0..50_000)
+        .map(|_| fastrand::u8(..))
+        .collect::<Vec<_>>()
+        .into();
+    let id = messages[400].id.clone();
+    let error = hub
+        .publish_batch_atomic(&topic, messages)
+        .await
+        .unwrap_err();
+    assert_eq!(error.code(), ErrorCode::MessageTooLarge, "{error}");
+    assert_eq!(error.assume(), Assume::Rejected, "{error}");
+    assert_eq!(error.message_id(), Some(id.as_str()), "{error}");
+    assert!(
+        error.to_string().contains("nothing of it is visible"),
+        "{error}"
+    );
+    // The next one is whole, and the only one that is seen.
+    let receipts = hub.publish_batch_atomic(&topic, round(1, 0..100)).await;
+    assert_eq!(receipts.unwrap().len(), 100);
+    let seen = committed(node.bootstrap(), &[&topic]).await;
+    assert_eq!(seen.len(), 100);
+    assert!(seen.iter().all(|s| s.body.starts_with("1/")));
+    let all = written(node.bootstrap(), &[&topic]).await.len();
+    eprintln!(
+        "{} records of the aborted batch had been written",
+        all - 100
+    );
+    close(hub).await;
+}
+
+async fn commit_one(via: &Transactions, topic: &Topic, body: &str) -> Result<Vec<Receipt>> {
+    let mut transaction = via.begin();
+    transaction.publish(topic, text(body)).await.unwrap();
+    transaction.commit().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_opens_an_id_later_fences_whoever_opened_it_before() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(config(node.bootstrap())).await;
+    let topic = topic(&broker, "tx-fence", 1).await;
+    let other = connected(config(node.bootstrap())).await;
+    let (first, second) = (hub_over(&broker), hub_over(&other));
+    let id = unique("tx");
+    let early = first.transactions(&id).await.unwrap();
+    commit_one(&early, &topic, "a").await.unwrap();
+    let late = second.transactions(&id).await.unwrap();
+    let error = commit_one(&early, &topic, "b").await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::TransactionFenced, "{error}");
+    assert_eq!(error.assume(), Assume::NotSent, "{error}");
+    assert!(error.to_string().contains(&id), "{error}");
+    commit_one(&late, &topic, "c").await.unwrap();
+    // It stays so, and disturbs nobody.
+    let error = commit_one(&early, &topic, "d").await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::TransactionFenced, "{error}");
+    commit_one(&late, &topic, "e").await.unwrap();
+    let seen = committed(node.bootstrap(), &[&topic]).await;
+    let bodies: Vec<&str> = seen.iter().map(|s| s.body.as_str()).collect();
+    assert_eq!(bodies, ["a", "c", "e"]);
+    // Opened again it fences the other.
+    let again = first.transactions(&id).await.unwrap();
+    commit_one(&again, &topic, "f").await.unwrap();
+    let error = commit_one(&late, &topic, "g").await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::TransactionFenced, "{error}");
+    close(first).await;
+    close(second).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_published_as_one_is_refused_and_nothing_is_sent() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(config(node.bootstrap())).await;
+    let topic = topic(&broker, "tx-checks", 2).await;
+    let hub = hub_over(&broker);
+    let past = Timestamp::from_millis(1000);
+    let later = Timestamp::now() + Duration::from_secs(3600);
+    let task = Message::from(Task {
+        scheduled_at: Some(later),
+        ..Task::new("t", "x")
+    });
+    let repeated = text("x").with_id(MessageId::new("one").unwrap());
+    for (what, wrong, code) in [
+        (
+            "a reserved header",
+            vec![text("x").with_header("hub-id", "y")],
+            ErrorCode::MessageInvalid,
+        ),
+        (
+            "expired",
+            vec![text("x").with_expiration(past)],
+            ErrorCode::MessageExpired,
+        ),
+        ("scheduled", vec![task], ErrorCode::InvalidConfig),
+        (
+            "too large",
+            vec![Message::new("t", vec![0; 11 * 1024 * 1024])],
+            ErrorCode::MessageTooLarge,
+        ),
+        (
+            "an id twice",
+            vec![repeated.clone(), repeated],
+            ErrorCode::MessageInvalid,
+        ),
+        (
+            "no such partition",
+            vec![text("x").with_partition(7)],
+            ErrorCode::PublishRejected,
+        ),
+    ] {
+        let mut messages = round(0, 0..10);
+        messages.extend(wrong);
+        let error = hub
+            .publish_batch_atomic(&topic, messages)
+            .await
+            .unwrap_err();
+        assert_eq!(error.code(), code, "{what}: {error}");
+        assert!(error.is_refusal(), "{what}: {error}");
+    }
+    let unknown = unique("tx-unknown");
+    let error = hub.publish_batch_atomic(&unknown, round(0, 0..2)).await;
+    assert_eq!(error.unwrap_err().code(), ErrorCode::TopicNotFound);
+    let publisher = hub.publisher(&topic).unwrap();
+    let unconfirmed = publisher.clone().with_options(PublishOptions {
+        confirm: false,
+        ..PublishOptions::default()
+    });
+    let error = unconfirmed.publish_batch_atomic(round(0, 0..2)).await;
+    assert_eq!(error.unwrap_err().code(), ErrorCode::InvalidConfig);
+    assert!(hub.transactions("a b").await.is_err());
+    assert_eq!(committed(node.bootstrap(), &[&topic]).await, []);
+    assert!(
+        publisher
+            .publish_batch_atomic(Vec::new())
+            .await
+            .unwrap()
+            .is_empty()
+    );
+
+    // A repeat gets the first answer and is not written again.
+    let batch = || -> Vec<Message> {
+        let ids = (0..20).map(|n| MessageId::new(format!("id-{n}")).unwrap());
+        ids.map(|id| text("x").with_id(id)).collect()
+    };
+    let (first, second) = tokio::join!(
+        publisher.publish_batch_atomic(batch()),
+        publisher.publish_batch_atomic(batch())
+    );
+    let first = first.unwrap();
+    assert_eq!(second.unwrap(), first);
+    assert_eq!(
+        publisher.publish_batch_atomic(batch()).await.unwrap(),
+        first
+    );
+    assert_eq!(committed(node.bootstrap(), &[&topic]).await.len(), 20);
+    close(hub).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_brokers_refuse_a_batch_as_one_and_say_why() {
+    let hub = MessagingHub::new(HubConfig::default(), Topology::default());
+    let embedded = EmbeddedBroker::new(EmbeddedConfig::default(), Arc::default());
+    embedded.connect().await.unwrap();
+    hub.set_fallback_broker(embedded).unwrap();
+    #[cfg(feature = "rabbitmq")]
+    {
+        use messaging_hub::adapter::rabbitmq::{RabbitMqBroker, RabbitMqConfig};
+        let config = RabbitMqConfig::default();
+        let rabbitmq = RabbitMqBroker::new(config, Arc::default(), TopologyMode::Apply);
+        hub.set_task_queue_broker(rabbitmq);
+        let error = hub
+            .publish_batch_atomic("helixagent.tasks.llm", round(0, 0..2))
+            .await
+            .unwrap_err();
+        assert_eq!(error.code(), ErrorCode::InvalidConfig, "{error}");
+        assert!(
+            error.is_refusal() && error.to_string().contains("rabbitmq"),
+            "{error}"
+        );
+    }
+    let error = hub
+        .publish_batch_atomic("events.x", round(0, 0..2))
+        .await
+        .unwrap_err();
+    assert_eq!(error.code(), ErrorCode::InvalidConfig, "{error}");
+    assert!(error.to_string().contains("no transactions"), "{error}");
+    let error = hub.transactions("id").await.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::InvalidConfig, "{error}");
+    close(hub).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_kafka_is_away_a_batch_is_an_error_and_never_spooled() {
+    let mut node = need!(Kafka::start().await);
+    let broker = connected(KafkaConfig {
+        transaction_timeout: Duration::from_secs(20),
+        ..config(node.bootstrap())
+    })
+    .await;
+    let topic = topic(&broker, "tx-away", 2).await;
+    let hub = hub_over(&broker);
+    let embedded = EmbeddedBroker::new(EmbeddedConfig::default(), Arc::default());
+    embedded.connect().await.unwrap();
+    hub.set_fallback_broker(embedded).unwrap();
+    let publisher = hub.publisher(&topic).unwrap();
+    publisher
+        .publish_batch_atomic(round(0, 0..100))
+        .await
+        .unwrap();
+    // Batches all the time, while the broker is killed.
+    let mut outcomes = Vec::new();
+    let mut killed = None;
+    for n in 1.. {
+        let batch = publisher.clone().with_options(PublishOptions {
+            timeout: Duration::from_secs(5),
+            ..PublishOptions::default()
+        });
+        let outcome = batch.publish_batch_atomic(round(n, 0..100)).await;
+        let away = outcome
+            .as_ref()
+            .is_err_and(|e| e.code() == ErrorCode::ConnectionFailed);
+        outcomes.push((n, outcome));
+        if n == 5 {
+            node.kill().await;
+            killed = Some(Instant::now());
+        }
+        if away {
+            break;
+        }
+        assert!(killed.is_none_or(|at| at.elapsed() < WAIT), "{outcomes:?}");
+    }
+    let began = Instant::now();
+    let error = publisher
+        .publish_batch_atomic(round(0, 0..2))
+        .await
+        .unwrap_err();
+    assert_eq!(error.assume(), Assume::NotSent, "{error}");
+    assert!(began.elapsed() < Duration::from_secs(1), "told at once");
+    assert_eq!(
+        hub.state()
+            .routes
+            .iter()
+            .map(|r| r.spool.messages)
+            .sum::<u64>(),
+        0
+    );
+    node.restart().await;
+    let mut state = broker.connection();
+    tokio::time::timeout(WAIT, state.wait_for(|s| s.connected))
+        .await
+        .unwrap()
+        .unwrap();
+    let mut last = Err(ErrorCode::UnknownError);
+    for _ in 0..20 {
+        // The coordinator may still be loading.
+        last = publisher
+            .publish_batch_atomic(round(99, 0..100))
+            .await
+            .map_err(|e| e.code());
+        if last.is_ok() {
+            break;
+        }
+    }
+    last.expect("it goes on");
+    let seen = committed(node.bootstrap(), &[&topic]).await;
+    let by_round = counts(
+        seen.into_iter()
+            .map(|s| s.body.split('/').next().unwrap().into()),
+    );
+    for (n, outcome) in outcomes {
+        let count = by_round.get(&n.to_string()).copied().unwrap_or(0);
+        match outcome {
+            Ok(_) => assert_eq!(count, 100, "{n}"),
+            Err(e) if e.assume() == Assume::Unknown => assert!([0, 100].contains(&count), "{n}"),
+            Err(e) => assert_eq!(count, 0, "{n}: {e}"),
+        }
+    }
+    assert_eq!(by_round["99"], 100);
+    close(hub).await;
+}
