@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 INFRA_RUN ?= .infra/run
 CONFIG    ?=
+BENCH     ?=
 
 .PHONY: help run build-tools test lint deny test-infra-start test-infra-stop \
         test-infra-status test-faults acceptance large-spool bench challenges
@@ -69,10 +70,10 @@ large-spool: build-tools
 	@scripts/brokers install all
 	LARGE_SPOOL=kafka:10000000x16,rabbitmq:1000000x1024 MESSAGING_REQUIRE_BROKERS=1 cargo test --locked --all-features --release --test large_spool -- --nocapture
 
-## make bench              confirmed publishing side by side with the bare clients
+## make bench              every scenario of `messaging-hub bench` (release build; BENCH='kafka -z 5' for one, with its flags)
 bench: build-tools
-	@scripts/brokers install all
-	cargo bench --locked --bench confirmed_publish
+	@scripts/brokers install rabbitmq-4 kafka-4
+	cargo bench --locked --bench scenarios -- $(BENCH)
 
 ## make challenges         the hub tried from outside: foreign clients, bad input, killed brokers
 challenges: build-tools

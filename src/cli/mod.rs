@@ -4,6 +4,7 @@
 //! Exit status: 0 done, 1 failed, 2 wrong usage. Results go to stdout, errors
 //! and the log to stderr.
 
+mod bench;
 mod client;
 mod config;
 mod data;
@@ -12,6 +13,7 @@ mod publish;
 mod replay;
 mod schedule;
 mod serve;
+mod signals;
 mod spool;
 mod sse;
 mod state;
@@ -20,15 +22,19 @@ mod topology;
 
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, parser::ValueSource};
 
 use crate::secret::Secret;
 
 /// Runs the command that this process was started with.
 #[must_use]
 pub fn run() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let parsed = Cli::command().try_get_matches().and_then(|matches| {
+        let given = is_url_given(&matches);
+        Cli::from_arg_matches(&matches).map(|cli| (cli, given))
+    });
+    let (cli, url_given) = match parsed {
+        Ok(parsed) => parsed,
         Err(e) => {
             // Help and version go to stdout and are no failure. A closed
             // terminal is nothing to fail on.
@@ -50,7 +56,7 @@ pub fn run() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let code = match runtime.block_on(cli.run()) {
+    let code = match runtime.block_on(cli.run(url_given)) {
         Ok(code) => code,
         Err(failure) => {
             eprintln!("error: {}", failure.message);
@@ -120,12 +126,15 @@ enum Command {
     /// Check or show a configuration.
     #[command(subcommand)]
     Config(config::Config),
+    /// Measure the hub side by side with the bare clients, files and channels
+    /// that it stands on.
+    Bench(bench::Bench),
     /// Ask a hub and its brokers whether they work.
     Health,
 }
 
 impl Cli {
-    async fn run(self) -> Result<ExitCode, Failure> {
+    async fn run(self, url_given: bool) -> Result<ExitCode, Failure> {
         let target = self.target;
         match self.command {
             Command::Serve(serve) => serve.run(&target).await,
@@ -138,9 +147,21 @@ impl Cli {
             Command::Dlq(dlq) => dlq.run(&target).await,
             Command::Topology(topology) => topology.run(&target).await,
             Command::Config(config) => config.run(&target),
+            Command::Bench(bench) => bench.run(&target, url_given).await,
             Command::Health => state::health(&target).await,
         }
     }
+}
+
+/// Whether the hub's address was written on the command line, rather than being
+/// the default or the environment's.
+fn is_url_given(matches: &clap::ArgMatches) -> bool {
+    let (_, of_command) = matches.subcommand().unzip();
+    // A global argument is known at the command that it was written behind.
+    [Some(matches), of_command]
+        .into_iter()
+        .flatten()
+        .any(|m| m.value_source("url") == Some(ValueSource::CommandLine))
 }
 
 /// Why a command failed: what, where, and what to do.

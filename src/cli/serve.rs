@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{EnvFilter, fmt::format::FmtSpan};
 
-use super::{Failure, Target, say};
+use super::{Failure, Target, say, signals::Signals};
 use crate::{
     config::{FallbackKind, LogConfig, LogFormat, MessagingConfig},
     gateway::http::{HttpOptions, HttpServer},
@@ -214,46 +214,3 @@ fn start_log(log: &LogConfig) -> Result<Log, Failure> {
 
 /// Lines that wait to be written at most; of more than that some are dropped.
 const LOG_LINES: usize = 8192;
-
-/// SIGINT and SIGTERM.
-struct Signals {
-    #[cfg(unix)]
-    interrupt: tokio::signal::unix::Signal,
-    #[cfg(unix)]
-    terminate: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    #[cfg(unix)]
-    fn new() -> Result<Self, Failure> {
-        use tokio::signal::unix::{SignalKind, signal};
-        let listen = |kind| {
-            signal(kind).map_err(|e| Failure::new(format!("signals cannot be received: {e}")))
-        };
-        Ok(Self {
-            interrupt: listen(SignalKind::interrupt())?,
-            terminate: listen(SignalKind::terminate())?,
-        })
-    }
-
-    #[cfg(unix)]
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
-
-    #[cfg(not(unix))]
-    fn new() -> Result<Self, Failure> {
-        Ok(Self {})
-    }
-
-    #[cfg(not(unix))]
-    async fn next(&mut self) {
-        if tokio::signal::ctrl_c().await.is_err() {
-            // Without signals only a kill ends the process.
-            std::future::pending::<()>().await;
-        }
-    }
-}
