@@ -162,7 +162,11 @@ async fn a_batch_with_a_message_that_the_broker_refuses_leaves_nothing_visible()
     close(hub).await;
 }
 
-async fn commit_one(via: &Transactions, topic: &Topic, body: &str) -> Result<Vec<Receipt>> {
+async fn commit_one(
+    via: &Transactions,
+    topic: &Topic,
+    body: &str,
+) -> messaging_hub::Result<Vec<messaging_hub::Receipt>> {
     let mut transaction = via.begin();
     transaction.publish(topic, text(body)).await.unwrap();
     transaction.commit().await
@@ -208,10 +212,9 @@ async fn what_cannot_be_published_as_one_is_refused_and_nothing_is_sent() {
     let hub = hub_over(&broker);
     let past = Timestamp::from_millis(1000);
     let later = Timestamp::now() + Duration::from_secs(3600);
-    let task = Message::from(Task {
-        scheduled_at: Some(later),
-        ..Task::new("t", "x")
-    });
+    let mut task = Task::new("t", "x");
+    task.attributes.scheduled_at = Some(later);
+    let task = Message::from(task);
     let repeated = text("x").with_id(MessageId::new("one").unwrap());
     for (what, wrong, code) in [
         (
