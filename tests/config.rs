@@ -620,7 +620,6 @@ hub.routes[1].during_outage: local hands out spooled messages, and spool is fals
 rabbitmq.prefetch_count: must be 1 or more; 0 would mean no bound
 rabbitmq.heartbeat: must be 1s to 60s: AMQP counts whole seconds, and a dead peer is noticed after twice this
 rabbitmq.tls: cert_file and key_file belong together
-hub.retry.task_delay: must be the message_ttl_ms of a retry queue in the topology (there is none)
 topology.exchanges[6].name: the exchange mine stands twice
 topology.queues[7].options.max_priority: quorum queues ignore it; set queue_type: classic or leave it out
 topology.queues[7].options.dead_letter_exchange: the exchange \"none\" is not in exchanges

@@ -195,9 +195,17 @@ fn start(url: &str, folder: &Path) -> Hub {
 /// Takes one message to a step of its retry, kills, and counts what comes of it.
 async fn retried(scene: &mut Scene, step: Step, victim: Victim) {
     let id = format!("{step:?}-{victim:?}");
+    let nack = json!({"retry": "later", "reason": "it failed"});
+    if step == Step::ConfirmLost {
+        // Another retry has opened the channel on which this one's copy goes.
+        let before = format!("before-{id}");
+        scene.publish(&before).await;
+        let one = scene.next(&before).await;
+        scene.post(&one, "nack", nack.clone()).await.unwrap();
+        assert_eq!(scene.handle_all(&before).await, 1, "{before}");
+    }
     scene.publish(&id).await;
     let first = scene.next(&id).await;
-    let nack = json!({"retry": "later", "reason": "it failed"});
     match step {
         Step::Leased => {}
         Step::CopyUnwritten => {
