@@ -103,11 +103,10 @@ fn read_now(bootstrap: &str, topics: &[String], isolation: &str) -> Vec<Seen> {
 pub(crate) struct Ends {
     consumer: BaseConsumer,
     topic: String,
-    partitions: i32,
 }
 
 impl Ends {
-    pub(crate) fn new(bootstrap: &str, topic: &str, partitions: i32) -> Self {
+    pub(crate) fn new(bootstrap: &str, topic: &str) -> Self {
         let consumer = ClientConfig::new()
             .set("bootstrap.servers", bootstrap)
             .set("group.id", "a-bare-reader")
@@ -116,19 +115,15 @@ impl Ends {
         Self {
             consumer,
             topic: topic.to_owned(),
-            partitions,
         }
     }
 
-    /// Records of all partitions, markers included.
-    pub(crate) fn sum(&self) -> i64 {
-        let end = |n| {
-            self.consumer
-                .fetch_watermarks(&self.topic, n, WAIT)
-                .unwrap()
-                .1
-        };
-        tokio::task::block_in_place(|| (0..self.partitions).map(end).sum())
+    /// Behind the last record of a partition, markers included.
+    pub(crate) fn of(&self, partition: i32) -> i64 {
+        tokio::task::block_in_place(|| {
+            let ends = self.consumer.fetch_watermarks(&self.topic, partition, WAIT);
+            ends.unwrap().1
+        })
     }
 }
 

@@ -25,9 +25,11 @@ fn start(node: &Kafka, id: &str) -> Hub {
     )
 }
 
+/// Messages that compression makes no smaller, so that writing them takes a while.
 fn envelopes(round: usize, n: usize) -> Value {
     let one = |i: usize| {
-        let body = format!("{round}/{i}/{}", "x".repeat(500));
+        let mut body = format!("{round}/{i}/").into_bytes();
+        body.extend((0..1_800).map(|_| fastrand::u8(..)));
         json!({"type": "t", "key": format!("k{}", i % 20), "payload": BASE64_STANDARD.encode(body)})
     };
     (0..n).map(one).collect()
@@ -47,20 +49,21 @@ async fn post(hub: &Hub, topic: &str, query: &str, body: &Value) -> (u16, Value)
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hub_that_is_killed_in_the_middle_of_a_batch_leaves_all_of_it_or_nothing() {
-    const BATCH: usize = 5_000;
+    const BATCH: usize = 10_000;
+    const ROUNDS: usize = 5;
     let node = need!(shared_kafka().await);
     let broker = connected(config(node.bootstrap())).await;
     let topic = topic(&broker, "tx-killed", 3).await;
     let id = unique("killed");
-    let ends = Ends::new(node.bootstrap(), &topic, 3);
-    for round in 0..8_usize {
+    let ends = Ends::new(node.bootstrap(), &topic);
+    for round in 0..ROUNDS {
         let mut hub = start(&node, &id);
         // The id is this process's, and everything is warm.
         let (status, answer) =
             post(&hub, &topic, "?atomic=true", &envelopes(100 + round, 10)).await;
         assert_eq!(status, 200, "{answer}");
         let body = envelopes(round, BATCH);
-        let before = ends.sum();
+        let before = ends.of(0);
         let url = hub.at(&format!("/v1/topics/{topic}/messages?atomic=true"));
         let publishing = tokio::spawn(async move {
             let request = reqwest::Client::new().post(url);
@@ -68,7 +71,7 @@ async fn a_hub_that_is_killed_in_the_middle_of_a_batch_leaves_all_of_it_or_nothi
             request.body(body.to_string()).send().await.is_ok()
         });
         // A little later each time, when so much of it is written.
-        while ends.sum() < before + 1 + 400 * round as i64 && !publishing.is_finished() {
+        while ends.of(0) < before + 1 + 500 * round as i64 && !publishing.is_finished() {
             tokio::task::yield_now().await;
         }
         hub.signal("KILL");
@@ -97,10 +100,14 @@ async fn a_hub_that_is_killed_in_the_middle_of_a_batch_leaves_all_of_it_or_nothi
     );
     eprintln!("seen {rounds:?}, written {all:?}");
     for (round, count) in &rounds {
-        assert_eq!(*count, if *round < 8 { BATCH } else { 10 }, "round {round}");
+        assert_eq!(
+            *count,
+            if *round < ROUNDS { BATCH } else { 10 },
+            "round {round}"
+        );
     }
     assert_eq!(rounds[&99], 10);
-    let cut = (0..8).filter(|r| all.contains_key(r) && !rounds.contains_key(r));
+    let cut = (0..ROUNDS).filter(|r| all.contains_key(r) && !rounds.contains_key(r));
     assert!(cut.count() > 0, "no kill came while a transaction was open");
     drop(hub);
     broker.close().await.unwrap();

@@ -17,7 +17,7 @@ use rdkafka::{
 
 use crate::{
     common::*,
-    support::{need, shared_kafka, unique},
+    support::{need, shared_kafka, unique, wait},
 };
 
 /// Another member of the group, which is not ours and counts what it is told.
@@ -100,8 +100,8 @@ async fn a_static_member_that_restarts_causes_no_rebalance_and_another_does() {
         .consume(&stream(&topic), &member(None))
         .await
         .unwrap();
-    active(&consumer).await;
-    eventually("the other hears of a stranger", || async {
+    // The group waits for the one that has gone until its session is over.
+    wait::until(3 * WAIT, "the other hears of a stranger", || async {
         rebalances.load(Ordering::SeqCst) > before
     })
     .await;
