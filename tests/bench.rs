@@ -145,7 +145,7 @@ fn a_table_is_for_people_and_says_how_sure_it_is() {
 fn what_a_scenario_cannot_honour_is_refused_with_what_to_do() {
     let amqp = ["--rabbitmq", "amqp://127.0.0.1:1"];
     for (arguments, why) in [
-        (vec!["bench"], "scenario"),
+        (vec!["bench"], "<SCENARIO>"),
         (vec!["bench", "nonsense"], "nonsense"),
         (vec!["bench", "embedded", "-x", "0"], "--producers"),
         (vec!["bench", "embedded", "-A", "10"], "-A does not apply"),

@@ -44,6 +44,9 @@ impl Report {
         });
         let mut report = Self::new(scenario, shape, groups.collect());
         report.set("pairs", shape.pairs);
+        if report.groups.iter().flatten().any(|row| row.spooled > 0) {
+            report.note("what was spooled had no confirm within the hedge: the broker stalled, or the machine is too busy for the window");
+        }
         report
     }
 
@@ -230,7 +233,7 @@ impl RowReport {
             line.push_str("  no difference shown");
         }
         if self.spooled > 0 {
-            line.push_str(&format!("  {} spooled: a confirm was late", self.spooled));
+            line.push_str(&format!("  {} spooled", self.spooled));
         }
         line
     }
