@@ -62,14 +62,14 @@ fn every_duplicate_is_counted_and_not_multiplied() {
         assert!(matches!(w.offer(at(0), (TOPIC, "a"), 1), Offer::Committed));
         assert_eq!(w.counts().duplicates, count);
     }
-    // Two copies that its end settles, and two that come after it.
-    for token in 0..2 {
+    // Three copies that its end settles, and two that come after it.
+    for token in 0..3 {
         let offer = w.offer(at(0), (TOPIC, "a"), 2);
         park(&mut w, offer, token);
     }
-    assert_eq!(w.commit(at(0), lease).duplicates.len(), 2);
-    assert_eq!(w.counts().duplicates, 4);
-    for count in 5..=6 {
+    assert_eq!(w.commit(at(0), lease).duplicates.len(), 3);
+    assert_eq!(w.counts().duplicates, 5);
+    for count in 6..=7 {
         assert!(matches!(w.offer(at(1), (TOPIC, "a"), 2), Offer::Committed));
         assert_eq!(w.counts().duplicates, count);
     }

@@ -165,3 +165,90 @@ impl Group {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::{
+        broker::{BrokerType, Received, Settlement},
+        message::{Message, MessageId, wire::Marks},
+        topic::Topic,
+    };
+
+    fn group(ids: u64) -> Group {
+        let age = Duration::from_secs(60);
+        Group::new(Some("g".to_owned()), &WindowSettings { age, ids })
+    }
+
+    fn delivery(
+        id: &str,
+        settled: &[&str],
+        settlements: &mpsc::UnboundedSender<Settlement>,
+    ) -> Delivery {
+        let mut message = Message::new("t", "x");
+        message.id = MessageId::new(id).unwrap();
+        let received = Received {
+            topic: Topic::new("t").unwrap(),
+            message: Arc::new(message),
+            marks: Arc::new(Marks {
+                settled: settled.iter().map(|g| (*g).to_owned()).collect(),
+                ..Marks::default()
+            }),
+            via: BrokerType::InMemory,
+        };
+        Delivery::new(received, settlements.clone(), 0)
+    }
+
+    fn handle(group: &Group, delivery: Delivery) {
+        match group.take_in(delivery) {
+            Taken::New(delivery, Some(lease)) => {
+                group.commit(lease);
+                delivery.settle_now(Verdict::Ack);
+            }
+            _ => panic!("not new"),
+        }
+    }
+
+    #[test]
+    fn what_a_window_and_what_a_mark_keeps_back_is_counted_together() {
+        let (settlements, mut verdicts) = mpsc::unbounded_channel();
+        let group = group(10);
+        handle(&group, delivery("a", &[], &settlements));
+        let copies = [
+            delivery("a", &[], &settlements),
+            delivery("a", &[], &settlements),
+            delivery("b", &["other", "g"], &settlements),
+        ];
+        for copy in copies {
+            assert!(matches!(group.take_in(copy), Taken::Kept));
+        }
+        assert_eq!((group.suppressed(), group.overflows()), (3, 0));
+        let acked = |v: Settlement| matches!(v.verdict, Verdict::Ack);
+        for _ in 0..4 {
+            assert!(verdicts.try_recv().is_ok_and(acked));
+        }
+    }
+
+    #[test]
+    fn a_window_that_is_too_short_for_the_group_says_so() {
+        let (settlements, _verdicts) = mpsc::unbounded_channel();
+        let group = group(1);
+        for id in ["a", "b", "c"] {
+            handle(&group, delivery(id, &[], &settlements));
+        }
+        assert_eq!((group.suppressed(), group.overflows()), (0, 2));
+    }
+
+    #[test]
+    fn a_group_whose_position_was_moved_handles_again_what_it_had_handled() {
+        let (settlements, _verdicts) = mpsc::unbounded_channel();
+        let group = group(10);
+        handle(&group, delivery("a", &[], &settlements));
+        group.forget();
+        handle(&group, delivery("a", &[], &settlements));
+    }
+}

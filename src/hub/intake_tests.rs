@@ -62,6 +62,26 @@ fn a_repeat_joins_the_publish_in_flight() {
     join(&mut w, "a", 1).unwrap();
     join(&mut w, "a", 2).unwrap();
     assert_eq!(w.finish(at(0), ticket, Some(7)), [1, 2]);
+    assert_eq!(w.counts().repeats, 2);
+}
+
+#[test]
+fn an_outcome_that_is_forgotten_is_accepted_anew_and_for_as_long() {
+    let mut w = Window::new(10, Duration::from_secs(60));
+    for text in ["a", "b"] {
+        let ticket = fresh(offer(&mut w, 0, text));
+        w.finish(at(0), ticket, Some(7));
+    }
+    w.forget(&topic(), &id("a"));
+    assert_eq!(offer(&mut w, 30, "b"), Intake::Done(7));
+    let ticket = fresh(offer(&mut w, 30, "a"));
+    // What is in flight has no outcome to forget.
+    w.forget(&topic(), &id("a"));
+    assert!(matches!(offer(&mut w, 30, "a"), Intake::InFlight(_)));
+    w.finish(at(30), ticket, Some(8));
+    // Nor does the age of the first outcome end the second one.
+    assert_eq!(offer(&mut w, 89, "a"), Intake::Done(8));
+    assert!(matches!(offer(&mut w, 89, "b"), Intake::Fresh(_)));
 }
 
 #[test]

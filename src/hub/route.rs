@@ -120,6 +120,19 @@ mod tests {
     }
 
     #[test]
+    fn the_first_route_that_matches_holds_and_all_are_shown_in_order() {
+        let table = table();
+        let all = table.all();
+        assert_eq!(all.len(), RouteSettings::defaults().len());
+        for (place, route) in all.iter().enumerate() {
+            let topic = route.pattern.as_str().replace(['*', '#'], "x");
+            let (found, _) = table.find(&topic).unwrap();
+            assert!(found <= place, "{topic}");
+        }
+        assert_eq!(table.find("anything").map(|(n, _)| n), Some(all.len() - 1));
+    }
+
+    #[test]
     fn a_pattern_belongs_to_the_route_of_what_it_begins_with() {
         let table = table();
         for (pattern, kind) in [

@@ -458,6 +458,38 @@ fn an_expired_event_goes_to_the_dead_letters_and_frees_its_key() {
     assert!(!lane.disk.contains_key(&1));
 }
 
+#[test]
+fn events_are_handed_out_during_an_outage_only() {
+    let mut lane = Lane::away_with(&[0, 1]);
+    lane.machine.pause_drain(lane.now());
+    lane.back();
+    assert_eq!(lane.machine.state(), LaneState::Draining);
+    assert!(lane.take("a", 9).is_empty());
+    lane.crash(0);
+    assert_eq!(ids(&lane.take("a", 9)), ["e1", "e2"]);
+}
+
+#[test]
+fn a_group_that_nobody_reads_for_is_forgotten_and_begins_anew() {
+    let mut lane = Lane::away_with(&[0]);
+    let taken = lane.take("a", 1);
+    let verdict = Verdict::Retry {
+        delay: Duration::from_secs(60),
+        failure: failure("boom"),
+    };
+    // Not while it has something in hand.
+    lane.machine.keep_groups(|_| false);
+    lane.settle(taken[0].0, verdict);
+    lane.machine.keep_groups(|group| group == "a");
+    assert!(lane.take("a", 1).is_empty(), "it rests");
+    lane.machine.keep_groups(|group| group == "b");
+    let again = lane.take("a", 1);
+    assert_eq!(
+        (ids(&again), again[0].1.message.retry_count),
+        (vec!["e1"], 0)
+    );
+}
+
 /// One run of random publishes, outages, hand-outs and verdicts.
 fn run(seed: u64) {
     let mut rng = fastrand::Rng::with_seed(seed);

@@ -79,4 +79,34 @@ mod tests {
         }
         assert_eq!(hedge.current(), Duration::from_millis(200));
     }
+
+    #[test]
+    fn one_in_a_hundred_may_be_slow_and_the_oldest_are_forgotten() {
+        let (min, max) = (Duration::from_millis(1), Duration::from_secs(1));
+        let mut hedge = Hedge::new(min, max);
+        let record = |hedge: &mut Hedge, slow: bool| {
+            hedge.record(Duration::from_millis(if slow { 50 } else { 1 }));
+        };
+        for n in 0..RECENT {
+            record(&mut hedge, (EVERY - 12..EVERY).contains(&n));
+        }
+        assert_eq!(hedge.current(), Duration::from_millis(200));
+        // The last of the slow ones is replaced: eleven of 1,024 are too few.
+        for n in 0..EVERY {
+            record(&mut hedge, (EVERY - 12..EVERY - 1).contains(&n));
+        }
+        assert_eq!(hedge.current(), Duration::from_millis(4));
+    }
+
+    #[test]
+    fn a_few_confirms_decide_nothing() {
+        let max = Duration::from_secs(1);
+        let mut hedge = Hedge::new(Duration::from_millis(1), max);
+        for _ in 1..EVERY {
+            hedge.record(Duration::from_millis(1));
+        }
+        assert_eq!(hedge.current(), max);
+        hedge.record(Duration::from_millis(1));
+        assert_eq!(hedge.current(), Duration::from_millis(4));
+    }
 }

@@ -21,6 +21,10 @@ use crate::{
     message::{Message, MessageId, Timestamp, wire::Marks},
 };
 
+mod bounds;
+mod handlers;
+mod states;
+
 fn answer(token: u64, fate: Fate) -> Confirmation {
     Confirmation { token, fate }
 }
@@ -400,6 +404,14 @@ impl Sim {
         }
     }
 
+    /// Time passes, and the lane is told when it is over.
+    fn wait(&mut self, time: Duration) {
+        self.now += time;
+        self.wall += i64::try_from(time.as_millis()).unwrap();
+        self.machine.tick(self.now());
+        self.act();
+    }
+
     fn heal(&mut self) {
         self.broker.stalled = false;
         self.broker.overloaded = false;
@@ -663,6 +675,18 @@ fn a_refusal_never_fails_over() {
     assert!(sim.answers[&0].as_ref().unwrap_err().is_refusal());
     assert_eq!(sim.machine.state(), LaneState::Primary);
     assert!(sim.machine.spool().is_empty());
+}
+
+/// A lane that nothing was said to yet, with room for anything.
+fn default_settings() -> Settings {
+    settings(&Arc::new(Budget::new(100_000, usize::MAX / 2)), false)
+}
+
+fn with(settings: Settings) -> Sim {
+    let mut sim = Sim::new(1, false);
+    sim.budget = settings.budget.clone();
+    sim.machine = Machine::new(settings);
+    sim
 }
 
 /// A lane that spooled `n` messages of one key while its broker was away.

@@ -406,4 +406,69 @@ mod tests {
         let other = Topic::new("tasks.b").unwrap();
         assert!(shelf.page(Some(&other), None, 10).is_empty());
     }
+
+    fn copy_of(id: &str, due: i64, copy: u32) -> Waiting<()> {
+        let mut copied = waiting(id, due);
+        copied.name.copy = copy;
+        copied
+    }
+
+    #[test]
+    fn a_message_and_the_copies_of_its_letter_are_found_under_one_id() {
+        let mut shelf = shelf(10, 1000);
+        let topic = Topic::new("tasks.a").unwrap();
+        for copy in [0, 2] {
+            shelf.offer(copy_of("a", 1 + i64::from(copy), copy), false);
+        }
+        shelf.offer(waiting("b", 1), false);
+        let found: Vec<u32> = shelf.find(&topic, "a").map(|w| w.name.copy).collect();
+        assert_eq!(found, [0, 2]);
+        // With the first in hand the other is still called off.
+        assert_eq!(shelf.take_due(at(1), 1).len(), 1);
+        match shelf.cancel(&topic, "a") {
+            Cancelled::Out(waiting) => assert_eq!(waiting.name.copy, 2),
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(shelf.cancel(&topic, "a"), Cancelled::TooLate));
+    }
+
+    #[test]
+    fn room_is_to_the_last_byte() {
+        let mut shelf = shelf(10, 20);
+        for id in ["a", "b"] {
+            assert!(matches!(
+                shelf.offer(waiting(id, 1), false),
+                Offered::Taken(_)
+            ));
+        }
+        assert_eq!(shelf.bytes(), 20);
+        assert_eq!(shelf.offer(waiting("c", 1), false), Offered::Full);
+    }
+
+    #[test]
+    fn what_is_left_at_the_end_is_given_out_and_nothing_is_due_any_more() {
+        let mut shelf = Shelf::new(Limits {
+            messages: 10,
+            bytes: 1000,
+        });
+        let with_body = |id: &str, body: u8| Waiting {
+            name: waiting(id, 1).name,
+            kind: String::new(),
+            due: at(1),
+            next: at(1),
+            failures: 0,
+            error: None,
+            size: 10,
+            body,
+            in_hand: false,
+        };
+        shelf.offer(with_body("a", 1), false);
+        let Offered::Taken(number) = shelf.offer(with_body("b", 2), false) else {
+            panic!("there is room");
+        };
+        shelf.moved(number, 3);
+        let bodies: Vec<u8> = shelf.drain().map(|w| w.body).collect();
+        assert_eq!(bodies, [1, 3]);
+        assert_eq!((shelf.len(), shelf.bytes(), shelf.next_due()), (0, 0, None));
+    }
 }

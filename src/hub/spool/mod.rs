@@ -628,3 +628,6 @@ impl Spool {
 fn slot(hasher: &Hashing, order: &OrderKey) -> usize {
     usize::try_from(hasher.hash_one(order)).unwrap_or(0) % FENCE_SLOTS
 }
+
+#[cfg(test)]
+mod tests;

@@ -162,5 +162,10 @@ mod tests {
             runs.insert(key, key + 5);
         }
         assert_eq!((runs.len(), runs.pieces()), (1000, 1));
+        let mut runs = Runs::default();
+        for key in (0..1000).rev() {
+            runs.insert(key, key + 5);
+        }
+        assert_eq!((runs.len(), runs.pieces()), (1000, 1), "from behind");
     }
 }

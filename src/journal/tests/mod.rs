@@ -7,6 +7,8 @@ mod disk;
 mod failures;
 mod fixtures;
 mod folder;
+mod index;
+mod layout;
 mod room;
 mod seeds;
 mod threads;

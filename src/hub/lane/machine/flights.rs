@@ -308,4 +308,33 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn one_without_an_answer_does_not_keep_all_that_were_answered_behind_it() {
+        let now = Instant::now();
+        let mut flights = Flights::<Seq>::new();
+        for seq in 0..10_000 {
+            flights.write(seq, now, fresh(now));
+        }
+        for seq in 1..10_000 {
+            assert!(flights.land(seq).is_some());
+            assert!(flights.new.len() <= 2 * (flights.len() + KEPT));
+        }
+        assert_eq!((flights.len(), flights.numbers()), (1, vec![0]));
+    }
+
+    #[test]
+    fn a_window_that_was_full_once_is_given_back() {
+        let now = Instant::now();
+        let mut flights = Flights::<Seq>::new();
+        for (count, kept) in [(ROOMY, true), (2 * ROOMY, false)] {
+            for seq in 0..count as Seq {
+                flights.write(seq, now, fresh(now));
+            }
+            for seq in 0..count as Seq {
+                flights.land(seq);
+            }
+            assert_eq!(flights.new.capacity() > 0, kept, "{count}");
+        }
+    }
 }
