@@ -1,6 +1,7 @@
 //! Logs that are cut short, and logs with a wrong byte.
 
 use super::*;
+use crate::journal::segment;
 
 #[test]
 fn every_cut_point_yields_a_prefix_with_all_that_was_synced() {
@@ -50,13 +51,16 @@ fn every_cut_point_yields_a_prefix_with_all_that_was_synced() {
 fn appending_goes_on_behind_a_torn_tail_and_ids_follow_what_was_kept() {
     let disk = Disk::new();
     let (mut rig, _) = Rig::open(&disk).unwrap();
-    for n in 0..3 {
+    let ends = [0, 1, 2].map(|n| {
         rig.append(put(body(n, 50))).unwrap();
         rig.work().unwrap();
-    }
-    let end = rig.shared.lock().index.bytes() as usize;
+        rig.shared.lock().index.bytes()
+    });
+    let end = ends[2] as usize;
     disk.edit(&disk.names()[0], |data| data.truncate(end - 1));
     let (mut rig, found) = Rig::open(&disk).unwrap();
+    let torn = rig.report.torn.as_ref().unwrap();
+    assert_eq!((torn.offset, torn.bytes), (ends[1], ends[2] - 1 - ends[1]));
     assert_eq!(found.len(), 2);
     assert_eq!(rig.append(put("x")).unwrap().first, 3);
     rig.work().unwrap();
@@ -159,6 +163,54 @@ fn a_body_that_looks_like_a_frame_is_not_taken_for_one() {
     let (rig, found) = Rig::open(&disk).unwrap();
     assert_eq!(found.len(), 2);
     assert_eq!(rig.report.torn.as_ref().unwrap().offset, last as u64);
+}
+
+#[test]
+fn a_segment_under_the_name_of_another_is_damage() {
+    let disk = Disk::new();
+    let (mut rig, _) = Rig::open(&disk).unwrap();
+    for n in 0..14 {
+        rig.append(put(body(n, 600))).unwrap();
+        rig.work().unwrap();
+    }
+    let names = disk.names();
+    let first = disk.read(&names[0]);
+    disk.edit(&names[1], |data| *data = first);
+    let Err(error) = Rig::open(&disk) else {
+        panic!("opened");
+    };
+    assert!(
+        error.to_string().contains("belongs to segment 1"),
+        "{error}"
+    );
+}
+
+/// Its making was cut short; but what if it knew the next id?
+#[test]
+fn a_last_segment_without_a_header_goes_if_the_next_id_is_known_without_it() {
+    let zeros = || vec![0; 4096];
+    let only = |seq| {
+        let disk = Disk::new();
+        disk.insert(&segment::name(seq), zeros());
+        disk
+    };
+    let (rig, found) = Rig::open(&only(1)).unwrap();
+    assert!(rig.report.unfinished.is_some() && found.is_empty());
+    let Err(error) = Rig::open(&only(2)) else {
+        panic!("opened");
+    };
+    assert!(matches!(error, JournalError::Corrupt { .. }), "{error}");
+    let disk = Disk::new();
+    let (mut rig, _) = Rig::open(&disk).unwrap();
+    rig.append(put("a")).unwrap();
+    rig.work().unwrap();
+    rig.close();
+    disk.insert(&segment::name(2), zeros());
+    let (mut rig, found) = Rig::open(&disk).unwrap();
+    assert!(rig.report.unfinished.is_some());
+    assert_eq!(found.len(), 1);
+    assert_eq!(rig.append(put("b")).unwrap().first, 2);
+    rig.work().unwrap();
 }
 
 #[test]

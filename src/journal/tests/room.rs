@@ -137,6 +137,28 @@ fn many_that_were_moved_are_read_on_and_on() {
 }
 
 #[test]
+fn what_lives_weighs_after_a_start_what_it_weighed_before() {
+    let disk = Disk::new();
+    let (mut rig, _) = Rig::open(&disk).unwrap();
+    for n in 0..60 {
+        rig.append(put(body(n, 300 + n as usize))).unwrap();
+        rig.work().unwrap();
+    }
+    rig.append(remove((1..=60).filter(|id| id % 7 != 0)))
+        .unwrap();
+    rig.work().unwrap();
+    let weight = |rig: &Rig| {
+        let index = &rig.shared.lock().index;
+        (index.live_bytes(), index.segments().len())
+    };
+    let moved = |id| !rig.shared.lock().index.locate(id).unwrap().home;
+    assert!((1..=8).any(|n| moved(7 * n)), "nothing was moved");
+    let before = weight(&rig);
+    let (rig, _) = Rig::open(&disk).unwrap();
+    assert_eq!(weight(&rig), before);
+}
+
+#[test]
 fn ids_are_never_given_again_even_when_nothing_is_left() {
     let disk = Disk::new();
     let mut last = 0;

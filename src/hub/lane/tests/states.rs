@@ -214,6 +214,22 @@ fn an_overloaded_broker_is_not_given_up_with_nothing_in_doubt() {
 }
 
 #[test]
+fn a_suspect_lane_that_an_operator_releases_still_waits_for_its_confirms() {
+    let mut sim = opened();
+    sim.publish();
+    sim.act();
+    sim.machine.force_degraded(sim.now());
+    sim.act();
+    sim.wait(Duration::from_secs(1));
+    assert_eq!(sim.machine.state(), LaneState::Suspect);
+    sim.machine.release_lane(sim.now());
+    sim.act();
+    assert_eq!(sim.machine.state(), LaneState::Suspect);
+    confirm_all(&mut sim);
+    assert_eq!(sim.machine.state(), LaneState::Primary);
+}
+
+#[test]
 fn a_close_waits_also_for_what_a_broken_disk_does_not_keep() {
     let mut sim = away_with(3);
     sim.machine.close(sim.now());
