@@ -33,6 +33,15 @@ const LEASE_LINGER: Duration = Duration::from_millis(20);
 /// How long it gathers after its first message at most.
 const LEASE_GATHER: Duration = Duration::from_millis(200);
 
+/// Who gets what a consumer brings.
+#[derive(Clone, Copy)]
+enum Reading {
+    /// A handler of the hub's, whose failures are the hub's to retry.
+    Handler,
+    /// Whoever settles by themselves.
+    Raw,
+}
+
 /// Groups whose handled ids are remembered while nobody reads for them.
 pub(super) const MAX_GROUPS: usize = 1024;
 
@@ -130,7 +139,9 @@ impl MessagingHub {
             .consumer_tag
             .clone()
             .unwrap_or_else(|| format!("hub-batch-{}", self.number()));
-        let consumer = self.consume_from(&source, &options).await?;
+        let consumer = self
+            .consumer_of(&source, &options, Reading::Handler)
+            .await?;
         let control = consumer.control.clone();
         let ended = CancellationToken::new();
         let guard = ended.clone().drop_guard();
@@ -319,6 +330,15 @@ impl MessagingHub {
         source: &Source,
         options: &SubscribeOptions,
     ) -> Result<Consumer> {
+        self.consumer_of(source, options, Reading::Raw).await
+    }
+
+    async fn consumer_of(
+        &self,
+        source: &Source,
+        options: &SubscribeOptions,
+        reading: Reading,
+    ) -> Result<Consumer> {
         self.check_open()?;
         let route = self.route_of(source.pattern())?;
         let broker = self.broker(route.primary).ok_or_else(|| {
@@ -339,7 +359,12 @@ impl MessagingHub {
         } else {
             broker.consume(source, options).await?
         };
-        let primary = self.with_resting(primary, source, options).await?;
+        // Who reads for itself keeps positions, which those of resting events are
+        // not; and it retries in its own way.
+        let primary = match reading {
+            Reading::Handler => self.with_resting(primary, source, options).await?,
+            Reading::Raw => primary,
+        };
         let away = route.primary != BrokerType::InMemory;
         let local = (away && route.spool).then(|| match (source, &options.group_id) {
             (Source::Queue(_), _) if local_of(&route) == Hands::Consumers => {
@@ -392,7 +417,7 @@ impl MessagingHub {
             .clone()
             .unwrap_or_else(|| format!("hub-{}", self.number()));
         let consumer = self
-            .consume_from(&source, &options)
+            .consumer_of(&source, &options, Reading::Handler)
             .await
             .inspect_err(|_| self.0.recorder.subscribe_errors.inc())?;
         let control = consumer.control.clone();

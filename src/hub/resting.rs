@@ -321,7 +321,11 @@ impl Resting {
             && let Some(failure) = &received.marks.failure
             && let Ok(topic) = Topic::new(&failure.original_topic)
         {
-            Arc::make_mut(&mut received.message).topic = Some(topic.to_string());
+            let message = Arc::make_mut(&mut received.message);
+            message.topic = Some(topic.to_string());
+            // Where it lies is no place in that topic.
+            message.partition = None;
+            message.offset = None;
             received.topic = topic;
         }
         self.relay.wrap(received.clone(), upstream, received)
