@@ -244,7 +244,7 @@ async fn rabbitmq_is_measured_beside_lapin_and_its_queues_go() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    wait::until(Duration::from_secs(20), "a queue is made", || async {
+    wait::until(Duration::from_secs(60), "a queue is made", || async {
         rabbit
             .ctl(&["-q", "list_queues", "name"])
             .await
@@ -257,7 +257,7 @@ async fn rabbitmq_is_measured_beside_lapin_and_its_queues_go() {
         .unwrap();
     assert!(interrupted.success());
     let status = tokio::task::spawn_blocking(move || child.wait());
-    let status = wait::within(Duration::from_secs(20), "it ends", status).await;
+    let status = wait::within(Duration::from_secs(60), "it ends", status).await;
     assert_eq!(status.unwrap().unwrap().code(), Some(1));
     let queues = rabbit.ctl(&["-q", "list_queues", "name"]).await;
     assert!(!queues.contains(own), "{queues}");

@@ -92,9 +92,7 @@ impl Leftovers {
             left.push("the broker does not answer; what the bench made is still there".to_owned());
         }
         for folder in folders {
-            if let Err(e) = std::fs::remove_dir_all(&folder)
-                && e.kind() != std::io::ErrorKind::NotFound
-            {
+            if let Err(e) = remove_folder(&folder).await {
                 left.push(format!("folder {}: {e}", folder.display()));
             }
         }
@@ -106,5 +104,23 @@ impl Leftovers {
     }
 }
 
+/// Removes a folder with everything in it. A hub that was cut off in the middle
+/// may go on writing for a moment.
+async fn remove_folder(folder: &Path) -> std::io::Result<()> {
+    let mut tries = 0;
+    loop {
+        match std::fs::remove_dir_all(folder) {
+            Ok(()) => return Ok(()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) if tries == TRIES => return Err(e),
+            Err(_) => tries += 1,
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// How often a folder is tried again, and the pause in between.
+const TRIES: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(200);
 /// How long taking things away may take.
 const PATIENCE: Duration = Duration::from_secs(30);
