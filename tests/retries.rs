@@ -22,12 +22,13 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use messaging_hub::{
     ErrorCode, Message, MessageId, MessagingSystem, SubscribeOptions,
     adapter::{kafka::KafkaConfig, rabbitmq::RabbitMqConfig},
-    broker::{Delays, HandlerError, Received, Subscription},
+    broker::{Delays, HandlerError, QueueOptions, Received, Subscription, TopicOptions},
     config::{MessagingConfig, RetryBy, RouteKind, RouteSettings},
     gateway::http::{HttpOptions, HttpServer},
     hub::HubConfig,
     secret::Secret,
     topic::Pattern,
+    topology::{QueueSpec, TopicSpec},
 };
 use process::Hub;
 use reqwest::Client;
@@ -78,6 +79,21 @@ impl Site {
             route.retry_by = by;
         }
         config.hub.routes.push(route);
+        // Dead letters that no other test fills: of a long list only the first are seen.
+        let letters = unique("test.dlq");
+        let topology = &mut config.topology;
+        topology.queues.push(QueueSpec {
+            name: letters.clone(),
+            options: QueueOptions::default(),
+            bindings: Vec::new(),
+            aliases: Vec::new(),
+        });
+        topology.topics.push(TopicSpec {
+            name: format!("{letters}.events"),
+            options: TopicOptions::default(),
+        });
+        topology.dead_letter_topic = Some(format!("{letters}.events"));
+        topology.dead_letter_queue = Some(letters);
         change(&mut config);
         config.validate().expect("a configuration that holds");
         let system = MessagingSystem::start(config).await.unwrap();

@@ -96,6 +96,11 @@ impl MessagingHub {
             ..SubscribeOptions::default()
         };
         embedded.ensure(source).await?;
+        // What was handed over before and waits comes first, and counts.
+        let waiting = match embedded.task_queue() {
+            Some(queues) => queues.queue_stats(&queue).await?.messages_ready,
+            None => 0,
+        };
         let kept = embedded.consume(source, &here).await?;
         let feed = broker.consume(source, &feed).await?;
         let (control, stopping, report) = ConsumerControl::new();
@@ -109,7 +114,7 @@ impl MessagingHub {
             feed: Some(feed),
             kept,
             most: usize::from(options.prefetch).max(1),
-            here: 0,
+            here: usize::try_from(waiting).unwrap_or(usize::MAX),
             lane: None,
             moving: HashMap::new(),
             next: 0,
@@ -233,7 +238,7 @@ impl LongRunning {
             return;
         };
         if !matches!(verdict, Verdict::Requeue) {
-            // What an earlier process left was never counted in.
+            // What came back after a rest was counted out before.
             self.here = self.here.saturating_sub(1);
         }
         pass(&upstream, verdict, done);
