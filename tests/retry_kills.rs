@@ -206,6 +206,13 @@ async fn retried(scene: &mut Scene, step: Step, victim: Victim) {
     }
     scene.publish(&id).await;
     let first = scene.next(&id).await;
+    // The lease's consumer has left, or it would wait for the broker's answer to
+    // that instead of sending the copy.
+    wait::until(LIMIT, "no consumer at the broker", async || {
+        let consumers = scene.rabbit.ctl(&["-q", "list_consumers"]).await;
+        !consumers.contains(QUEUE)
+    })
+    .await;
     match step {
         Step::Leased => {}
         Step::CopyUnwritten => {
