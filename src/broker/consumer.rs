@@ -87,6 +87,28 @@ pub enum ConsumerState {
     Failed(Arc<str>),
 }
 
+/// Reports where a consumer stands, if that is news: watchers wake for a change only.
+pub(crate) fn report(to: &watch::Sender<ConsumerState>, now: &ConsumerState) {
+    to.send_if_modified(|state| {
+        let new = state != now;
+        if new {
+            state.clone_from(now);
+        }
+        new
+    });
+}
+
+/// Reports whether the broker has the subscription.
+#[cfg(feature = "kafka")]
+pub(crate) fn report_active(to: &watch::Sender<ConsumerState>, active: bool) {
+    let now = if active {
+        ConsumerState::Active
+    } else {
+        ConsumerState::Starting
+    };
+    report(to, &now);
+}
+
 impl ConsumerControl {
     /// A control, the token that tells the adapter to stop, and the sender with
     /// which the adapter reports. The adapter sends `Stopped` (or `Failed`)

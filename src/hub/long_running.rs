@@ -30,7 +30,7 @@ use crate::{
     broker::{
         BrokerType, Confirmation, Consumer, ConsumerControl, Delivery, Fate, Lane, LaneOptions,
         MessageBroker, OrderKey, Settlement, Source, Submission, SubscribeOptions, Verdict,
-        consumer::ConsumerState,
+        consumer::{ConsumerState, report},
     },
     error::{Error, ErrorCode, Result},
     topic::Topic,
@@ -167,7 +167,7 @@ impl LongRunning {
             if let Some(state) = &mut state
                 && self.out.is_some()
             {
-                self.report.send_replace(state.borrow_and_update().clone());
+                report(&self.report, &state.borrow_and_update());
             }
             let room = self.here < self.most && self.out.is_some();
             tokio::select! {

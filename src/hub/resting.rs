@@ -30,7 +30,8 @@ use super::{
 use crate::{
     broker::{
         Consumer, ConsumerControl, Delays, Delivery, PublishOptions, Received, RetryMode,
-        Settlement, Source, SubscribeOptions, Verdict, consumer::ConsumerState,
+        Settlement, Source, SubscribeOptions, Verdict,
+        consumer::{ConsumerState, report},
     },
     duration,
     error::{Error, ErrorCode, Result},
@@ -120,11 +121,6 @@ impl MessagingHub {
         let own = SubscribeOptions {
             group_id: Some(format!("{group}.retry")),
             consumer_tag: None,
-            // Two members of one id would fence each other.
-            group_instance_id: options
-                .group_instance_id
-                .as_ref()
-                .map(|id| format!("{id}-retry")),
             max_poll_records: options.max_poll_records,
             session_timeout: options.session_timeout,
             heartbeat_interval: options.heartbeat_interval,
@@ -143,11 +139,15 @@ impl MessagingHub {
                 // While it is away the lane does this, when something comes to rest.
                 broker.ensure(&source).await?;
             }
-            let mut one = own.clone();
-            // Each topic has one reader, and an id is one member's.
-            one.group_instance_id = one
-                .group_instance_id
-                .map(|id| format!("{id}-{}", duration::format(delay)));
+            let one = SubscribeOptions {
+                // Each topic has one reader, and two members of one id would fence
+                // each other.
+                group_instance_id: options
+                    .group_instance_id
+                    .as_ref()
+                    .map(|id| format!("{id}-retry-{}", duration::format(delay))),
+                ..own.clone()
+            };
             rests.push(Rest {
                 delay,
                 // A future that contains itself has no size.
@@ -272,11 +272,7 @@ impl Resting {
         if self.out.is_none() || matches!(main, ConsumerState::Stopped | ConsumerState::Failed(_)) {
             return;
         }
-        self.report.send_if_modified(|s| {
-            let new = s != main;
-            s.clone_from(main);
-            new
-        });
+        report(&self.report, main);
     }
 
     /// Nothing more is handed out; what was not goes back by being dropped.

@@ -7,10 +7,7 @@
 //!   lanes (spool)    --'        <--- verdicts
 //! ```
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, atomic::AtomicUsize},
-};
+use std::sync::{Arc, atomic::AtomicUsize};
 
 use futures_util::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -22,11 +19,13 @@ use super::{
     group::{Group, Lease, Taken},
     handover::hand_over,
     lane::task::{Reader, Readers},
-    pending as waited, resting,
+    pending as waited,
+    relay::{Relay, Upstream, pass},
+    resting,
 };
 use crate::broker::{
     ConnectionState, Consumer, ConsumerControl, Delivery, Received, Settlement, Verdict,
-    consumer::ConsumerState,
+    consumer::{ConsumerState, report},
 };
 use crate::{
     compression::{self, UNDECODABLE},
@@ -109,16 +108,14 @@ impl Local {
 pub(crate) fn start(parts: Parts) -> (Consumer, impl Future<Output = ()> + Send + 'static) {
     let (control, stopping, report) = ConsumerControl::new();
     let (out, deliveries) = mpsc::channel(parts.buffer.max(1));
-    let (settlements, verdicts) = mpsc::unbounded_channel();
+    let (relay, verdicts) = Relay::new();
     let retry = parts.primary.retry;
     let task = Span {
         parts,
         moving: FuturesUnordered::new(),
         answers: FuturesUnordered::new(),
         out: Some(out),
-        settlements,
-        held: HashMap::new(),
-        next: 0,
+        relay,
         asking: None,
         unlooked: (Vec::new(), false),
         stopping,
@@ -134,8 +131,8 @@ pub(crate) fn start(parts: Parts) -> (Consumer, impl Future<Output = ()> + Send 
     )
 }
 
+/// What is noted on a delivery in a reader's hands.
 struct Held {
-    upstream: (mpsc::UnboundedSender<Settlement>, u64),
     lease: Option<Lease>,
     /// A retry of it is the same delivery again, and the copy that the primary
     /// may bring meanwhile is as good.
@@ -164,9 +161,7 @@ struct Span {
     /// Acks that the source has not answered; as many as were held at most.
     answers: FuturesUnordered<BoxFuture<'static, ()>>,
     out: Option<mpsc::Sender<Vec<Delivery>>>,
-    settlements: mpsc::UnboundedSender<Settlement>,
-    held: HashMap<u64, Held>,
-    next: u64,
+    relay: Relay<Held>,
     /// A schema that has to be known before the rest of a batch can be looked at.
     asking: Option<BoxFuture<'static, ()>>,
     /// That rest, and whether it is in place.
@@ -248,7 +243,7 @@ impl Span {
                 Ok(()) = self.parts.connection.changed() => {}
             }
             let idle = self.moving.is_empty() && self.answers.is_empty();
-            if self.out.is_none() && !primary_open && self.held.is_empty() && idle {
+            if self.out.is_none() && !primary_open && self.relay.is_empty() && idle {
                 break;
             }
         }
@@ -271,11 +266,7 @@ impl Span {
             ConsumerState::Stopped => return,
             other => other.clone(),
         };
-        self.report.send_if_modified(|s| {
-            let new = *s != now;
-            *s = now;
-            new
-        });
+        report(&self.report, &now);
     }
 
     /// Lets each message of a batch through once.
@@ -319,40 +310,27 @@ impl Span {
     fn wrap(
         &mut self,
         received: Received,
-        upstream: Option<(mpsc::UnboundedSender<Settlement>, u64)>,
+        upstream: Option<Upstream>,
         lease: Option<Lease>,
         in_place: bool,
     ) -> Delivery {
-        match upstream {
-            Some(upstream) => {
-                let tag = self.next;
-                self.next += 1;
-                self.held.insert(
-                    tag,
-                    Held {
-                        upstream,
-                        lease,
-                        in_place,
-                    },
-                );
-                Delivery::new(received, self.settlements.clone(), tag)
+        // Live reading without a group: handing out is all there is.
+        let lease = match lease {
+            Some(lease) if upstream.is_none() => {
+                self.parts.group.commit(lease);
+                None
             }
-            None => {
-                // Live reading without a group: handing out is all there is.
-                if let Some(lease) = lease {
-                    self.parts.group.commit(lease);
-                }
-                Delivery::unsettled(received)
-            }
-        }
+            lease => lease,
+        };
+        self.relay
+            .wrap(received, upstream, Held { lease, in_place })
     }
 
     fn settle(&mut self, settlement: Settlement) {
-        let Some(held) = self.held.remove(&settlement.tag) else {
+        let Settlement { tag, verdict, done } = settlement;
+        let Some((upstream, held)) = self.relay.take(tag) else {
             return;
         };
-        let (tx, tag) = held.upstream;
-        let Settlement { verdict, done, .. } = settlement;
         let done = match (held.lease, &verdict) {
             (Some(lease), Verdict::Retry { .. }) if held.in_place => {
                 self.parts.group.release(lease);
@@ -392,9 +370,7 @@ impl Span {
             }
             (None, _) => done,
         };
-        // When the source is gone the answer's sender is dropped with the
-        // settlement, which tells whoever waits.
-        let _ = tx.send(Settlement { tag, verdict, done });
+        pass(&upstream, verdict, done);
     }
 
     /// A copy was made, or was not.

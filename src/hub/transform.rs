@@ -76,15 +76,15 @@ impl MessagingHub {
                 .unwrap_or_else(|| self.retry_delays(&source).after(0)),
         );
         let give_up = CancellationToken::new();
-        let step = Arc::new(Step {
+        let step = Arc::new(Transform(Arc::new(Step {
             hub: self.clone(),
             group: options.group_id.clone().unwrap_or_default(),
             number: self.number() << 1,
             give_up: give_up.clone(),
             #[cfg(feature = "schema")]
             checks: self.checks(),
-            handler: Arc::new(handler),
-        });
+            handler,
+        })));
         let control = transactional.transform(&source, &options, transactional_id, step)?;
         let ended = CancellationToken::new();
         let (guard, watched) = (ended.clone().drop_guard(), control.clone());
@@ -112,25 +112,20 @@ struct Step<F> {
     give_up: CancellationToken,
     #[cfg(feature = "schema")]
     checks: Option<Checks>,
-    handler: Arc<F>,
+    handler: F,
 }
 
-impl<F, Fut, E> Transformer for Step<F>
+/// What the adapter calls.
+struct Transform<F>(Arc<Step<F>>);
+
+impl<F, Fut, E> Transformer for Transform<F>
 where
     F: Fn(Received) -> Fut + Send + Sync + 'static,
     Fut: Future<Output = Result<Vec<(String, Message)>, E>> + Send + 'static,
     E: Into<HandlerError>,
 {
     fn transform(&self, received: Received) -> TransformFuture {
-        let step = Self {
-            hub: self.hub.clone(),
-            group: self.group.clone(),
-            number: self.number,
-            give_up: self.give_up.clone(),
-            #[cfg(feature = "schema")]
-            checks: self.checks.clone(),
-            handler: self.handler.clone(),
-        };
+        let step = self.0.clone();
         Box::pin(async move {
             tokio::select! {
                 made = step.run(received) => made,

@@ -307,19 +307,19 @@ impl State {
         let stream = self.ensure_stream(&name).map_err(|e| failed(&e))?;
         let mut marks = (*marks).clone();
         marks.failure = Some(Box::new(failure.clone()));
-        let copy = Arc::new(Message {
+        let mut copy = Message {
             state: MessageState::DeadLettered,
             error: Some(failure.details.clone()),
             expiration: None,
             partition: None,
             offset: None,
-            retry_count: message.retry_count.max(failure.retries),
             ..(*message).clone()
-        });
+        };
+        failure.count_on(&mut copy);
         match self.append(
             now,
             stream,
-            &copy,
+            &Arc::new(copy),
             &Arc::new(marks),
             &OrderKey::Publisher(0),
         ) {

@@ -210,19 +210,22 @@ impl Backend {
         Ok(())
     }
 
-    /// The topic of the dead letters, which exists then, or what failed and why.
-    /// They must have a place, whatever may be created otherwise.
-    pub(super) async fn dead_letters(&self) -> Result<Topic, (String, Option<Error>)> {
+    /// The topic of the dead letters, which exists then. They must have a place,
+    /// whatever may be created otherwise.
+    ///
+    /// # Errors
+    /// `DEAD_LETTER_FAILED`.
+    pub(super) async fn dead_letters(&self) -> Result<Topic> {
+        let fail = |why| Error::new(ErrorCode::DeadLetterFailed, why).at(BrokerType::Kafka);
         let name = self.topology.dead_letter_topic();
-        let topic = Topic::new(name).map_err(|e| (e.to_string(), None))?;
+        let topic = Topic::new(name).map_err(|e| fail(e.to_string()))?;
         let known = self.admin.facts(&topic).await.map_err(|e| {
-            let what = format!("the dead letters' topic {name} could not be looked up");
-            (what, Some(e))
+            let why = format!("the dead letters' topic {name} could not be looked up");
+            fail(why).caused_by(e)
         })?;
         if known.is_none() {
             self.make(&topic).await.map_err(|e| {
-                let what = format!("the dead letters' topic {name} could not be made");
-                (what, Some(e))
+                fail(format!("the dead letters' topic {name} could not be made")).caused_by(e)
             })?;
         }
         Ok(topic)
@@ -230,28 +233,20 @@ impl Backend {
 
     /// Puts a message among the dead letters and waits until it is there.
     pub(super) async fn dead_letter(&self, received: &Received, failure: Failure) -> Result<()> {
-        let fail = |why: String| {
-            Error::new(ErrorCode::DeadLetterFailed, why)
-                .at(BrokerType::Kafka)
-                .on(received.topic.as_str())
+        let of_message = |e: Error| {
+            e.on(received.topic.as_str())
                 .with_id(received.message.id.as_str())
         };
-        let topic = self.dead_letters().await.map_err(|(what, why)| {
-            let made = fail(what);
-            match why {
-                Some(why) => made.caused_by(why),
-                None => made,
-            }
-        })?;
+        let topic = self.dead_letters().await.map_err(of_message)?;
         let name = topic.as_str();
         let (message, marks) = letter(received, failure);
         match self.publisher.send_one(&topic, &message, &marks).await {
             Fate::Confirmed(_) => Ok(()),
             Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => {
-                Err(fail(format!(
-                    "the message could not be moved to {name}; it is delivered again"
-                ))
-                .caused_by(e))
+                let why =
+                    format!("the message could not be moved to {name}; it is delivered again");
+                let failed = Error::new(ErrorCode::DeadLetterFailed, why).at(BrokerType::Kafka);
+                Err(of_message(failed).caused_by(e))
             }
         }
     }

@@ -27,7 +27,10 @@ use super::{
 };
 use crate::{
     adapter::kafka::{error::raw_code, record},
-    broker::{BrokerType, OffsetReset, Received, SeekTo, StartFrom, consumer::ConsumerState},
+    broker::{
+        BrokerType, OffsetReset, Received, SeekTo, StartFrom,
+        consumer::{ConsumerState, report_active},
+    },
     topic::Pattern,
 };
 
@@ -191,18 +194,7 @@ impl Reader {
     /// Reports whether the broker has the subscription.
     fn tell(&self) {
         let active = self.core.joined.load(Ordering::Acquire) && self.core.link.is_up();
-        let now = if active {
-            ConsumerState::Active
-        } else {
-            ConsumerState::Starting
-        };
-        self.report.send_if_modified(|state| {
-            let change = *state != now;
-            if change {
-                state.clone_from(&now);
-            }
-            change
-        });
+        report_active(&self.report, active);
     }
 
     /// Stores what was done since; the client commits it in the background.

@@ -40,7 +40,7 @@ use crate::{
     },
     broker::{
         BrokerType, Outgoing, Received, Source, SubscribeOptions, Transformer,
-        consumer::ConsumerState,
+        consumer::{ConsumerState, report_active},
     },
     error::{Error, ErrorCode, Result},
     topic::{Pattern, Topic},
@@ -316,11 +316,7 @@ impl Transform {
     fn transact(&mut self, batch: &[Outgoing], offsets: &[(TopicPartition, i64)]) -> Result<()> {
         let letters = &self.rules.dead_letters;
         if batch.iter().any(|o| o.topic == *letters) {
-            let made = self.runtime.block_on(self.backend.dead_letters());
-            made.map_err(|(what, why)| {
-                let error = Error::new(ErrorCode::DeadLetterFailed, what);
-                why.map_or_else(|| error.clone(), |w| error.clone().caused_by(w))
-            })?;
+            self.runtime.block_on(self.backend.dead_letters())?;
         }
         let client = &self.client;
         // Asked when it is needed: a rebalance gives it another generation.
@@ -395,18 +391,7 @@ impl Transform {
 
     fn tell(&self) {
         let active = self.member.has_joined() && self.backend.link.is_up();
-        let now = if active {
-            ConsumerState::Active
-        } else {
-            ConsumerState::Starting
-        };
-        self.report.send_if_modified(|state| {
-            let change = *state != now;
-            if change {
-                state.clone_from(&now);
-            }
-            change
-        });
+        report_active(&self.report, active);
     }
 
     /// Fetches from all partitions but these.
