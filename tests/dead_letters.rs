@@ -123,7 +123,6 @@ impl Site {
             token: None,
             allowed_hosts: Vec::new(),
             allowed_origins: Vec::new(),
-            hub: HubConfig::default(),
         };
         let server = HttpServer::start(hub.clone(), options).await.unwrap();
         Self {

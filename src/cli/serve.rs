@@ -72,7 +72,6 @@ impl Serve {
             token: target.token.clone().filter(|t| !t.is_empty()),
             allowed_hosts: config.server.allowed_hosts.clone(),
             allowed_origins: config.server.allowed_origins.clone(),
-            hub: config.hub.clone(),
         };
         say(config.report().trim_end())?;
         let grace = config.hub.shutdown_grace;

@@ -23,7 +23,7 @@ use crate::{
     },
     error::{Error, ErrorCode, Result},
     message::{Timestamp, wire::Failure},
-    topic::Pattern,
+    topic::{Pattern, Topic},
 };
 
 /// How long a lease request goes on gathering after a message: what is ready at
@@ -451,6 +451,12 @@ impl MessagingHub {
         let mut all = lock(&self.0.subscriptions);
         all.retain(|r| !r.ended.is_cancelled());
         all.push(running);
+    }
+
+    /// How long failed tasks of a queue rest.
+    #[cfg(feature = "server")]
+    pub(crate) fn task_delays(&self, queue: &Topic) -> Delays {
+        self.retry_delays(&Source::Queue(Pattern::from(queue)))
     }
 
     pub(super) fn retry_delays(&self, source: &Source) -> Delays {

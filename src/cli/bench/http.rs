@@ -51,7 +51,6 @@ pub(super) async fn measure(plan: &Plan) -> Result<Report, Failure> {
                 token: None,
                 allowed_hosts: Vec::new(),
                 allowed_origins: Vec::new(),
-                hub: config.hub.clone(),
             };
             let server = HttpServer::start(system.hub(), options).await?;
             let client = at(&format!("http://{}", server.address()), None)?;

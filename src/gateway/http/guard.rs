@@ -201,7 +201,6 @@ mod tests {
             token: None,
             allowed_hosts: vec!["hub.internal".into()],
             allowed_origins: vec!["https://ui.example".into()],
-            hub: Default::default(),
         };
         let mut headers = HeaderMap::new();
         headers.insert(header::HOST, HeaderValue::from_static("localhost:8090"));

@@ -158,7 +158,10 @@ pub(super) async fn nack(
         match nack.retry {
             Retry::Now => Verdict::Requeue,
             Retry::Later if received.message.can_retry() => Verdict::Retry {
-                delay: app.retry_delay(&received.topic, received.message.retry_count),
+                delay: app
+                    .hub()
+                    .task_delays(&received.topic)
+                    .after(received.message.retry_count),
                 failure: failure("nacked"),
             },
             Retry::Later | Retry::Never => Verdict::DeadLetter {

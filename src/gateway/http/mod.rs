@@ -37,7 +37,7 @@ mod state;
 mod stream;
 mod streams;
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, sync::Arc};
 
 use axum::body::{Body, Bytes, HttpBody};
 use futures_util::StreamExt;
@@ -47,12 +47,7 @@ use tokio_util::{
 };
 
 use self::{leases::Leases, problem::Problem, streams::Streams};
-use crate::{
-    config::{HubSettings, RouteKind, RouteSettings},
-    hub::MessagingHub,
-    secret::Secret,
-    topology::Topology,
-};
+use crate::{hub::MessagingHub, secret::Secret, topology::Topology};
 
 pub use server::HttpServer;
 
@@ -70,8 +65,6 @@ pub struct HttpOptions {
     /// Origins (`https://example.org`) that are answered besides loopback's,
     /// without a token.
     pub allowed_origins: Vec<String>,
-    /// The hub's settings, for the delays of its routes.
-    pub hub: HubSettings,
 }
 
 /// What every handler shares.
@@ -81,7 +74,6 @@ pub(crate) struct App(Arc<Inner>);
 struct Inner {
     hub: MessagingHub,
     options: HttpOptions,
-    routes: Vec<RouteSettings>,
     /// Cancelled when nothing new is taken any more.
     closing: CancellationToken,
     /// Requests that the shutdown waits for.
@@ -99,7 +91,6 @@ impl App {
     fn new(hub: MessagingHub, options: HttpOptions) -> Self {
         Self(Arc::new(Inner {
             hub,
-            routes: options.hub.effective_routes(),
             options,
             closing: CancellationToken::new(),
             intake: TaskTracker::new(),
@@ -123,19 +114,6 @@ impl App {
 
     fn options(&self) -> &HttpOptions {
         &self.0.options
-    }
-
-    /// How long a failed message of `topic` rests that was retried `retries` times
-    /// before.
-    fn retry_delay(&self, topic: &str, retries: u32) -> Duration {
-        let topic = self.topology().canonical(topic);
-        let route = self.0.routes.iter().find(|r| r.pattern.matches(topic));
-        let retry = &self.0.options.hub.retry;
-        match route.map(|r| (&r.retry_delay, r.kind)) {
-            Some((Some(delays), _)) => delays.after(retries),
-            Some((None, RouteKind::Event)) => retry.event_delay,
-            Some((None, RouteKind::Task)) | None => retry.task_delay,
-        }
     }
 
     fn token(&self) -> Option<&Secret> {
