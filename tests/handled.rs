@@ -52,19 +52,10 @@ async fn publish(hub: &Hub, queue: &str, ids: std::ops::Range<usize>) {
 
 /// Takes what is handed out within `wait`, as (id, token).
 async fn lease(hub: &Hub, queue: &str, wait: Duration) -> BTreeMap<String, String> {
-    let wait = u64::try_from(wait.as_millis()).unwrap();
-    let answer: Value = Client::new()
-        .post(hub.at(&format!("/v1/queues/{queue}/lease")))
-        .json(&json!({"max": TASKS, "wait_ms": wait, "lease_ms": 120_000}))
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
     let text = |value: &Value| value.as_str().unwrap().to_owned();
-    let deliveries = answer["deliveries"].as_array().unwrap().iter();
+    let deliveries = hub.lease(queue, TASKS, wait).await;
     deliveries
+        .iter()
         .map(|d| (text(&d["message"]["id"]), text(&d["token"])))
         .collect()
 }

@@ -25,7 +25,6 @@ use messaging_hub::{
     broker::{Delays, HandlerError, QueueOptions, Received, Subscription, TopicOptions},
     config::{MessagingConfig, RetryBy, RouteKind, RouteSettings},
     gateway::http::{HttpOptions, HttpServer},
-    hub::HubConfig,
     secret::Secret,
     topic::Pattern,
     topology::{QueueSpec, TopicSpec},
@@ -102,7 +101,6 @@ impl Site {
             token: None,
             allowed_hosts: Vec::new(),
             allowed_origins: Vec::new(),
-            hub: HubConfig::default(),
         };
         let server = HttpServer::start(system.hub(), options).await.unwrap();
         Self {
@@ -449,22 +447,6 @@ fn long_running(url: &str, folder: &Path) -> Hub {
     )
 }
 
-async fn lease(hub: &Hub, max: usize, wait: Duration) -> Vec<Value> {
-    let answer: Value = Client::new()
-        .post(hub.at(&format!("/v1/queues/{QUEUE}/lease")))
-        .json(&json!({"max": max, "wait_ms": u64::try_from(wait.as_millis()).unwrap()}))
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
-    answer["deliveries"]
-        .as_array()
-        .unwrap_or_else(|| panic!("{answer}"))
-        .clone()
-}
-
 /// Messages of the queue at RabbitMQ: ready, and unacked.
 async fn at_rabbitmq(rabbit: &Rabbit) -> (u64, u64) {
     let text = rabbit
@@ -510,7 +492,10 @@ async fn a_long_task_is_acked_at_rabbitmq_and_kept_by_the_hub_through_a_kill() {
     let deadline = Instant::now() + LIMIT;
     while held.len() < FIRST {
         assert!(Instant::now() < deadline, "{} leased", held.len());
-        held.extend(lease(&hub, FIRST - held.len(), Duration::from_secs(1)).await);
+        held.extend(
+            hub.lease(QUEUE, FIRST - held.len(), Duration::from_secs(1))
+                .await,
+        );
     }
     // Nothing at RabbitMQ waits for an ack, so nothing there can run out of time.
     wait::until(LIMIT, "no unacked task at RabbitMQ", async || {
@@ -530,25 +515,18 @@ async fn a_long_task_is_acked_at_rabbitmq_and_kept_by_the_hub_through_a_kill() {
     let deadline = Instant::now() + LIMIT;
     while ids.len() < ALL {
         assert!(Instant::now() < deadline, "{ids:?}");
-        let leased = lease(&hub, 10, Duration::from_secs(1)).await;
-        let tokens: Vec<&Value> = leased.iter().map(|d| &d["token"]).collect();
-        if tokens.is_empty() {
-            continue;
-        }
-        let acked = Client::new()
-            .post(hub.at("/v1/deliveries/ack"))
-            .json(&json!({"tokens": tokens}))
-            .send()
-            .await
-            .unwrap();
-        assert!(acked.status().is_success());
+        let leased = hub.lease(QUEUE, 10, Duration::from_secs(1)).await;
+        hub.ack(&leased).await;
         for delivery in &leased {
             *ids.entry(delivery["message"]["id"].as_str().unwrap().to_owned())
                 .or_default() += 1;
         }
     }
     assert!(ids.values().all(|n| *n == 1), "{ids:?}");
-    assert_eq!(lease(&hub, 10, Duration::from_millis(300)).await.len(), 0);
+    assert_eq!(
+        hub.lease(QUEUE, 10, Duration::from_millis(300)).await.len(),
+        0
+    );
     // Its figures are some seconds old.
     wait::until(LIMIT, "an empty queue at RabbitMQ", async || {
         at_rabbitmq(&rabbit).await == (0, 0)

@@ -100,17 +100,10 @@ impl Scene {
         assert!(answer.status().is_success(), "{}", answer.status());
     }
 
+    /// What comes within a time; nothing while the broker is away.
     async fn lease(&self, patience: Duration) -> Vec<Value> {
-        let answer: Value = Client::new()
-            .post(self.hub().at(&format!("/v1/queues/{QUEUE}/lease")))
-            .json(&json!({"max": 10, "wait_ms": u64::try_from(patience.as_millis()).unwrap()}))
-            .send()
-            .await
-            .unwrap()
-            .json()
-            .await
-            .unwrap();
-        answer["deliveries"].as_array().cloned().unwrap_or_default()
+        let leased = self.hub().try_lease(QUEUE, 10, patience).await;
+        leased.unwrap_or_default()
     }
 
     /// The next message, which must be this one.
@@ -149,16 +142,23 @@ impl Scene {
 
     /// Handles what comes of one message until nothing does, and says how often.
     async fn handle_all(&self, id: &str) -> usize {
+        self.handle_after(id, async || {}).await
+    }
+
+    /// As `handle_all`, doing something before each look until the first comes.
+    async fn handle_after(&self, id: &str, mut before: impl AsyncFnMut()) -> usize {
         let mut handled = 0;
         let mut quiet = Instant::now();
         let deadline = Instant::now() + LIMIT;
         // A retry, or what a killed broker gives again, comes within its rest.
         while handled == 0 || quiet.elapsed() < REST + Duration::from_secs(2) {
             assert!(Instant::now() < deadline, "{id} is lost");
+            if handled == 0 {
+                before().await;
+            }
             for delivery in self.lease(Duration::from_millis(500)).await {
                 assert_eq!(delivery["message"]["id"], id);
-                let done = self.post(&delivery, "ack", json!({}));
-                done.await.unwrap();
+                self.post(&delivery, "ack", json!({})).await.unwrap();
                 handled += 1;
                 quiet = Instant::now();
             }
@@ -170,6 +170,20 @@ impl Scene {
         let path = self.hub().at("/v1/dead-letters?status=pending");
         let page: Value = reqwest::get(path).await.unwrap().json().await.unwrap();
         page["letters"].as_array().cloned().unwrap_or_default()
+    }
+
+    fn reprocess(&self, letter: &Value) -> reqwest::RequestBuilder {
+        let letter = letter["id"].as_str().unwrap();
+        let path = format!("/v1/dead-letters/{letter}/reprocess");
+        Client::new().post(self.hub().at(&path))
+    }
+
+    /// As an operator would: what is still open is reprocessed again.
+    async fn reprocess_open(&self) {
+        for open in self.letters().await {
+            // It may be settled by now, or the broker away.
+            let _ = self.reprocess(&open).send().await;
+        }
     }
 }
 
@@ -278,11 +292,7 @@ async fn the_hub_and_the_broker_die_at_every_step_of_a_reprocessing() {
             let never = json!({"retry": "never", "reason": "it is bad"});
             scene.post(&first, "nack", never).await.unwrap();
             let letter = wait::value(LIMIT, "a dead letter", async || scene.letters().await.pop());
-            let letter = letter.await["id"].as_str().unwrap().to_owned();
-            let path = scene
-                .hub()
-                .at(&format!("/v1/dead-letters/{letter}/reprocess"));
-            let request = Client::new().post(&path).send();
+            let request = scene.reprocess(&letter.await).send();
             match step {
                 Step::CopyUnwritten => scene.proxy.drop_direction(Direction::ToServer),
                 Step::ConfirmLost => scene.proxy.drop_direction(Direction::ToClient),
@@ -303,45 +313,14 @@ async fn the_hub_and_the_broker_die_at_every_step_of_a_reprocessing() {
                 _ => asked.await.unwrap(),
             }
             scene.kill(victim).await;
-            // As an operator would: what is still open is reprocessed again.
-            let deadline = Instant::now() + LIMIT;
-            let mut handled = 0;
-            while handled == 0 {
-                assert!(Instant::now() < deadline, "{id} is lost");
-                for open in scene.letters().await {
-                    let open = open["id"].as_str().unwrap();
-                    let path = scene
-                        .hub()
-                        .at(&format!("/v1/dead-letters/{open}/reprocess"));
-                    let _ = Client::new().post(path).send().await;
-                }
-                for delivery in scene.lease(Duration::from_millis(500)).await {
-                    assert_eq!(delivery["message"]["id"], id);
-                    scene.post(&delivery, "ack", json!({})).await.unwrap();
-                    handled += 1;
-                }
-            }
-            let mut quiet = Instant::now();
-            while quiet.elapsed() < Duration::from_secs(3) {
-                for delivery in scene.lease(Duration::from_millis(500)).await {
-                    assert_eq!(delivery["message"]["id"], id);
-                    scene.post(&delivery, "ack", json!({})).await.unwrap();
-                    handled += 1;
-                    quiet = Instant::now();
-                }
-            }
+            let again = async || scene.reprocess_open().await;
+            let handled = scene.handle_after(&id, again).await;
             assert_eq!(
                 handled, 1,
                 "{id} was handled {handled} times by one process"
             );
             wait::until(LIMIT, "no open letter", async || {
-                for open in scene.letters().await {
-                    let open = open["id"].as_str().unwrap();
-                    let path = scene
-                        .hub()
-                        .at(&format!("/v1/dead-letters/{open}/reprocess"));
-                    let _ = Client::new().post(path).send().await;
-                }
+                scene.reprocess_open().await;
                 scene.letters().await.is_empty()
             })
             .await;

@@ -63,26 +63,8 @@ async fn scheduled(hub: &Hub) -> Vec<String> {
 
 /// Leases for a while, acks, and says what came when.
 async fn lease(hub: &Hub, queue: &str, wait: Duration) -> Vec<(String, Value)> {
-    let answer: Value = Client::new()
-        .post(hub.at(&format!("/v1/queues/{queue}/lease")))
-        .json(&json!({"max": 100, "wait_ms": u64::try_from(wait.as_millis()).unwrap()}))
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
-    let deliveries = answer["deliveries"].as_array().unwrap();
-    let tokens: Vec<&Value> = deliveries.iter().map(|d| &d["token"]).collect();
-    if !tokens.is_empty() {
-        let acked = Client::new()
-            .post(hub.at("/v1/deliveries/ack"))
-            .json(&json!({"tokens": tokens}))
-            .send()
-            .await
-            .unwrap();
-        assert!(acked.status().is_success());
-    }
+    let deliveries = hub.lease(queue, 100, wait).await;
+    hub.ack(&deliveries).await;
     let one = |d: &Value| {
         let message = d["message"].clone();
         (message["id"].as_str().unwrap().to_owned(), message)

@@ -100,6 +100,42 @@ impl Hub {
         routes.filter_map(|r| r["spool"]["messages"].as_u64()).sum()
     }
 
+    /// What a queue hands out within `wait`.
+    pub async fn lease(&self, queue: &str, max: usize, wait: Duration) -> Vec<serde_json::Value> {
+        let leased = self.try_lease(queue, max, wait).await;
+        leased.unwrap_or_else(|problem| panic!("{problem}"))
+    }
+
+    /// As `lease`, or the problem that the hub answers with.
+    pub async fn try_lease(
+        &self,
+        queue: &str,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<serde_json::Value>, serde_json::Value> {
+        let wait = u64::try_from(wait.as_millis()).unwrap();
+        let ask = serde_json::json!({"max": max, "wait_ms": wait, "lease_ms": 120_000});
+        let path = self.at(&format!("/v1/queues/{queue}/lease"));
+        let answer = reqwest::Client::new().post(path).json(&ask).send().await;
+        let answer: serde_json::Value = answer.unwrap().json().await.unwrap();
+        match answer["deliveries"].as_array() {
+            Some(deliveries) => Ok(deliveries.clone()),
+            None => Err(answer),
+        }
+    }
+
+    /// Acks what was leased.
+    pub async fn ack(&self, leased: &[serde_json::Value]) {
+        if leased.is_empty() {
+            return;
+        }
+        let tokens: Vec<_> = leased.iter().map(|d| &d["token"]).collect();
+        let path = self.at("/v1/deliveries/ack");
+        let ask = serde_json::json!({"tokens": tokens});
+        let acked = reqwest::Client::new().post(path).json(&ask).send().await;
+        assert!(acked.unwrap().status().is_success());
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
