@@ -1,5 +1,5 @@
 //! What a transform holds of each partition: messages that were read and are not
-//! committed, in order, and how often the first of them failed. Pure.
+//! committed, in order, and how often those of them failed that did. Pure.
 //!
 //! A failing message holds up its own partition only: what stands before it is
 //! committed, and it is tried again after its rest, with all that is behind it. Each
@@ -67,9 +67,10 @@ struct Partition {
     first: Option<i64>,
     /// It rests until then.
     rest: Option<Instant>,
-    /// The message that failed last: its offset, how often, and why. Outlives a
-    /// rewind, so that what fails again and again is counted.
-    tried: Option<(i64, u32, Failure)>,
+    /// Messages that failed, by their offsets: how often, and why. Kept until the
+    /// position behind them is committed, since a rewind brings all of them back: one
+    /// that is refused behind others would have theirs counted anew each time.
+    tried: BTreeMap<i64, (u32, Failure)>,
 }
 
 impl Held {
@@ -82,7 +83,7 @@ impl Held {
             newest: None,
             first: None,
             rest: None,
-            tried: None,
+            tried: BTreeMap::new(),
         };
         self.partitions.insert(place, fresh);
     }
@@ -122,9 +123,7 @@ impl Held {
         }
         p.newest = Some(item.offset);
         p.first.get_or_insert(item.offset);
-        if let Some((offset, times, failure)) = &p.tried
-            && *offset == item.offset
-        {
+        if let Some((times, failure)) = p.tried.get(&item.offset) {
             note(&mut item, *times, failure.clone());
         }
         p.queue.push_back(item);
@@ -168,12 +167,19 @@ impl Held {
         if let (Some((failure, rest)), Some(first)) = (handled.failed.take(), left.front_mut()) {
             let times = first.received.message.retry_count.saturating_add(1);
             note(first, times, failure.clone());
-            p.tried = Some((first.offset, times, failure));
+            p.tried.insert(first.offset, (times, failure));
             p.rest = Some(now + rest);
         }
         left.append(&mut p.queue);
         p.queue = left;
         true
+    }
+
+    /// What stands before a position is done for good.
+    pub(super) fn committed(&mut self, place: &TopicPartition, next: i64) {
+        if let Some(p) = self.partitions.get_mut(place) {
+            p.tried = p.tried.split_off(&next);
+        }
     }
 
     /// Forgets what was read; it is read again from the committed positions.
@@ -283,6 +289,36 @@ mod tests {
         assert!(held.settle(&mut handled, later));
         let again = held.batch(later + Duration::from_secs(1), false).remove(0);
         assert_eq!(again.items[0].received.message.retry_count, 2);
+    }
+
+    #[test]
+    fn a_later_failure_does_not_make_an_earlier_one_count_anew() {
+        let mut held = held(1, 3);
+        let mut now = Instant::now();
+        let retries = |held: &mut Held, now, done| {
+            let part = held.batch(now, false).remove(0);
+            let counts: Vec<u32> = part
+                .items
+                .iter()
+                .map(|i| i.received.message.retry_count)
+                .collect();
+            assert!(held.settle(&mut failing(part, done), now));
+            counts
+        };
+        // The first fails, then the second, whose transaction is not committed.
+        assert_eq!(retries(&mut held, now, 0), [0, 0, 0]);
+        now += Duration::from_secs(1);
+        assert_eq!(retries(&mut held, now, 1), [1, 0, 0]);
+        now += Duration::from_secs(1);
+        held.rewind();
+        for offset in 0..3 {
+            held.take_in(&place(0), item(offset));
+        }
+        assert_eq!(retries(&mut held, now, 2), [1, 1, 0]);
+        // What was committed is not kept; the third is.
+        held.committed(&place(0), 2);
+        let kept: Vec<i64> = held.partitions[&place(0)].tried.keys().copied().collect();
+        assert_eq!(kept, [2]);
     }
 
     #[test]

@@ -304,6 +304,11 @@ impl Transform {
             outcome => outcome,
         };
         let Err(error) = outcome else {
+            let mut held = self.member.held();
+            for (place, next) in &offsets {
+                held.committed(place, *next);
+            }
+            drop(held);
             self.backend.recorder.messages_acked.add(done);
             return Ok(());
         };
