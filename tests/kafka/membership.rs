@@ -1,6 +1,7 @@
 //! Static membership: a consumer that comes back as who it was disturbs nobody.
 
 use std::{
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -8,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use messaging_hub::{MessageBroker, SubscribeOptions};
+use messaging_hub::{MessageBroker, PublishOptions, SubscribeOptions};
 use rdkafka::{
     ClientConfig, ClientContext,
     config::FromClientConfigAndContext,
@@ -17,7 +18,7 @@ use rdkafka::{
 
 use crate::{
     common::*,
-    support::{need, shared_kafka, unique, wait},
+    support::{Kafka, need, shared_kafka, unique, wait},
 };
 
 /// Another member of the group, which is not ours and counts what it is told.
@@ -108,6 +109,79 @@ async fn a_static_member_that_restarts_causes_no_rebalance_and_another_does() {
     stop_consumer(consumer).await;
     stop.store(true, Ordering::Release);
     polling.join().unwrap();
+    broker.close().await.unwrap();
+}
+
+/// What Kafka keeps of its groups, as files.
+fn groups(node: &Kafka) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(node.info().dir.join("data")).unwrap();
+    entries
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            let name = path.file_name().unwrap().to_string_lossy();
+            name.starts_with("__consumer_offsets-")
+        })
+        .collect()
+}
+
+fn copy(from: &Path, to: &Path) {
+    let _ = std::fs::remove_dir_all(to);
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let file = entry.unwrap().path();
+        std::fs::copy(&file, to.join(file.file_name().unwrap())).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_static_member_that_kafka_forgot_in_a_crash_joins_again() {
+    let mut node = need!(Kafka::start().await);
+    let broker = connected(config(node.bootstrap())).await;
+    let topic = topic(&broker, "forgot", 2).await;
+    let options = SubscribeOptions {
+        group_instance_id: Some("ours".to_owned()),
+        session_timeout: Duration::from_secs(45),
+        ..SubscribeOptions::group(unique("g"))
+    };
+    let consume = || async {
+        let consumer = broker.consume(&stream(&topic), &options).await.unwrap();
+        active(&consumer).await;
+        consumer
+    };
+    stop_consumer(consume().await).await;
+    // What Kafka knows of the group before the member comes back.
+    node.kill().await;
+    let kept = tempfile::tempdir().unwrap();
+    for (n, log) in groups(&node).iter().enumerate() {
+        copy(log, &kept.path().join(n.to_string()));
+    }
+    let before = groups(&node);
+    node.restart().await;
+    let mut consumer = consume().await;
+    publish(&broker, &topic, vec![text("before")]).await;
+    ack_all(take(&mut consumer, 1).await).await;
+    // A crash that costs it what it learned since.
+    node.kill().await;
+    for (n, log) in before.iter().enumerate() {
+        copy(&kept.path().join(n.to_string()), log);
+    }
+    node.restart().await;
+    wait::until(WAIT, "published again", || async {
+        let message = vec![Arc::new(text("after"))];
+        let receipts = broker
+            .publish_batch(&topic, message, &PublishOptions::default())
+            .await;
+        receipts.iter().all(Result::is_ok)
+    })
+    .await;
+    let mut bodies = Vec::new();
+    while !bodies.contains(&"after".to_owned()) {
+        // The first comes again: its position was forgotten too.
+        let got = take(&mut consumer, 1).await;
+        bodies.extend(got.iter().map(body));
+        ack_all(got).await;
+    }
+    stop_consumer(consumer).await;
     broker.close().await.unwrap();
 }
 

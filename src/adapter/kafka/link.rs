@@ -1,9 +1,12 @@
 //! Whether the brokers answer: one state that the probe, the producers and the
 //! consumers report to, from any thread. It decides nothing about messages.
 
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
 };
 
 use rdkafka::{
@@ -20,6 +23,8 @@ use crate::{broker::ConnectionState, metrics::MetricsRecorder};
 pub(super) struct Link {
     state: watch::Sender<ConnectionState>,
     recorder: Arc<MetricsRecorder>,
+    /// Since when the brokers answer, while they do.
+    up_since: Mutex<Option<Instant>>,
     /// Somebody saw trouble: the probe looks at once.
     doubt: AtomicBool,
     /// The last single error, which is more precise than "all are down".
@@ -34,6 +39,7 @@ impl Link {
         Self {
             state: watch::channel(ConnectionState::default()).0,
             recorder,
+            up_since: Mutex::default(),
             doubt: AtomicBool::new(false),
             last: Mutex::default(),
             prepared: AtomicBool::new(false),
@@ -56,6 +62,7 @@ impl Link {
             if change {
                 s.generation += 1;
                 s.connected = true;
+                *self.lock_since() = Some(Instant::now());
                 *self.lock_last() = None;
                 s.reason = None;
                 s.refused = false;
@@ -78,6 +85,7 @@ impl Link {
             let change = s.connected || s.refused != refused || s.reason.as_deref() != Some(reason);
             if change {
                 s.connected = false;
+                *self.lock_since() = None;
                 s.refused = refused;
                 s.reason = Some(reason.into());
             }
@@ -134,6 +142,16 @@ impl Link {
             }
         }
         tracing::debug!(target: "messaging_hub::kafka", %error, reason, "client error");
+    }
+
+    /// Since when the brokers answer; none while they do not.
+    pub(super) fn up_since(&self) -> Option<Instant> {
+        *self.lock_since()
+    }
+
+    fn lock_since(&self) -> MutexGuard<'_, Option<Instant>> {
+        // A time is whole whenever the lock is free.
+        self.up_since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether somebody saw trouble.

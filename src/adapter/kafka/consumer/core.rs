@@ -1,9 +1,12 @@
 //! What the parts of one consumer share, and the callbacks that librdkafka
 //! makes on its polling thread when partitions come and go.
 
-use std::sync::{
-    Arc, Condvar, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use rdkafka::{
@@ -15,6 +18,7 @@ use rdkafka::{
 use tokio::sync::Notify;
 
 use super::{
+    fence::Fence,
     position,
     state::{Settle, State},
     tracker::TopicPartition,
@@ -56,6 +60,7 @@ pub(in crate::adapter::kafka) struct Core {
     pub(super) paused: AtomicBool,
     /// Partitions were assigned (none included): the group has us.
     pub(super) joined: AtomicBool,
+    pub(super) fence: Fence,
     /// The broker closes and waits no longer for readers.
     pub(super) abort: AtomicBool,
     pub(super) settle: Settle,
@@ -65,7 +70,13 @@ pub(in crate::adapter::kafka) struct Core {
 }
 
 impl Core {
-    pub(super) fn new(link: Arc<Link>, settle: Settle, reset: OffsetReset, member: bool) -> Self {
+    pub(super) fn new(
+        link: Arc<Link>,
+        settle: Settle,
+        reset: OffsetReset,
+        member: bool,
+        session: Duration,
+    ) -> Self {
         Self {
             link,
             state: Mutex::default(),
@@ -74,6 +85,7 @@ impl Core {
             orders: Mutex::default(),
             paused: AtomicBool::new(false),
             joined: AtomicBool::new(false),
+            fence: Fence::new(session),
             abort: AtomicBool::new(false),
             settle,
             reset,
@@ -92,7 +104,7 @@ impl Core {
     }
 
     /// Waits on the polling thread until `done`, woken, or out of time.
-    pub(super) fn wait(&self, at_most: std::time::Duration, done: impl Fn(&State) -> bool) {
+    pub(super) fn wait(&self, at_most: Duration, done: impl Fn(&State) -> bool) {
         let guard = self.state();
         let _ = self
             .room
@@ -179,6 +191,7 @@ impl ConsumerContext for Context {
                 if self.0.paused.load(Ordering::Acquire) {
                     let _ = client.pause(list);
                 }
+                self.0.fence.joined();
                 self.0.joined.store(true, Ordering::Release);
             }
             Rebalance::Revoke(_) if client.assignment_lost() => {

@@ -8,6 +8,7 @@
 
 mod core;
 mod ends;
+mod fence;
 mod handout;
 mod position;
 mod reader;
@@ -45,6 +46,7 @@ use crate::{
 
 pub(super) use self::{
     core::{Command, bare_list, list_of, names},
+    fence::Fence,
     position::{commit_start, committed, resolve, steady},
     reader::fatal,
     tracker::TopicPartition,
@@ -85,6 +87,7 @@ impl Consumers {
             plan.settle,
             plan.reset,
             plan.member,
+            options.session_timeout,
         ));
         let client = Client::from_config_and_context(&settings, Context(Arc::clone(&core)))
             .map_err(|e| failed(ErrorCode::InvalidConfig, "the consumer's settings", e))?;
@@ -104,6 +107,7 @@ impl Consumers {
         let reader = Reader {
             core: Arc::clone(&core),
             client,
+            settings,
             pattern: source.pattern().clone(),
             start: options.start.clone(),
             only: options.stream.partition,

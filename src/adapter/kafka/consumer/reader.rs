@@ -10,6 +10,8 @@ use std::{
 };
 
 use rdkafka::{
+    ClientConfig,
+    config::FromClientConfigAndContext,
     consumer::{CommitMode, Consumer as _},
     error::{KafkaError, KafkaResult},
     message::Message as _,
@@ -19,10 +21,11 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    core::{Client, Command, Core, bare_list, list_of},
+    core::{Client, Command, Context, Core, bare_list, list_of},
     ends::Ends,
     position,
     state::Settle,
+    subscribed,
     tracker::TopicPartition,
 };
 use crate::{
@@ -38,6 +41,8 @@ use crate::{
 pub(super) struct Reader {
     pub(super) core: Arc<Core>,
     pub(super) client: Client,
+    /// What it was made of, and its successor is.
+    pub(super) settings: ClientConfig,
     pub(super) pattern: Pattern,
     pub(super) start: StartFrom,
     pub(super) only: Option<i32>,
@@ -127,6 +132,10 @@ impl Reader {
             match self.client.poll(timeout) {
                 None => break,
                 Some(Err(KafkaError::PartitionEOF(partition))) => self.ends.reach(partition),
+                Some(Err(error)) if self.core.fence.is_forgotten(&error, &self.core.link) => {
+                    self.join_anew(&error)?;
+                    break;
+                }
                 Some(Err(error)) => {
                     if let Some(why) = self.fatal(&error) {
                         return Err(why);
@@ -162,6 +171,26 @@ impl Reader {
             self.core.ready.notify_one();
         }
         self.let_go();
+        Ok(())
+    }
+
+    /// Joins the group with a client of its own, since one that was fenced is of no
+    /// use any more. What was handed out and is not settled comes again.
+    fn join_anew(&mut self, error: &KafkaError) -> Result<(), String> {
+        tracing::warn!(target: "messaging_hub::kafka", pattern = %self.pattern, %error,
+            "fenced right after the brokers came back, which had forgotten this member: it joins again");
+        let context = Context(Arc::clone(&self.core));
+        let client = Client::from_config_and_context(&self.settings, context)
+            .and_then(|c| c.subscribe(&[&subscribed(&self.pattern)]).map(|()| c))
+            .map_err(|e| format!("joining again: {e}"))?;
+        // Its end takes what it had away; the new one is given nothing before it is
+        // polled.
+        drop(std::mem::replace(&mut self.client, client));
+        let mut state = self.core.state();
+        for place in state.tracker.partitions() {
+            state.revoke(&place);
+        }
+        self.core.joined.store(false, Ordering::Release);
         Ok(())
     }
 

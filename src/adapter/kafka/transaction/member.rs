@@ -1,9 +1,12 @@
 //! A transform as a member of its group: what it holds, and the callbacks that
 //! librdkafka makes on its thread when partitions come and go.
 
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use rdkafka::{
@@ -16,7 +19,7 @@ use rdkafka::{
 use super::held::Held;
 use crate::{
     adapter::kafka::{
-        consumer::{commit_start, names},
+        consumer::{Fence, commit_start, names},
         link::{Link, log},
     },
     broker::OffsetReset,
@@ -28,15 +31,17 @@ pub(super) struct Member {
     held: Mutex<Held>,
     /// Partitions were assigned (none included): the group has us.
     joined: AtomicBool,
+    fence: Fence,
     pub(super) reset: OffsetReset,
 }
 
 impl Member {
-    pub(super) fn new(link: Arc<Link>, reset: OffsetReset) -> Self {
+    pub(super) fn new(link: Arc<Link>, reset: OffsetReset, session: Duration) -> Self {
         Self {
             link,
             held: Mutex::default(),
             joined: AtomicBool::new(false),
+            fence: Fence::new(session),
             reset,
         }
     }
@@ -49,6 +54,20 @@ impl Member {
 
     pub(super) fn has_joined(&self) -> bool {
         self.joined.load(Ordering::Acquire)
+    }
+
+    /// Whether the broker forgot this member, and fences it for that.
+    pub(super) fn is_forgotten(&self, error: &KafkaError) -> bool {
+        self.fence.is_forgotten(error, &self.link)
+    }
+
+    /// It is a member no longer, and holds nothing.
+    pub(super) fn leave(&self) {
+        self.joined.store(false, Ordering::Release);
+        let mut held = self.held();
+        for (place, _) in held.places() {
+            held.revoke(&place);
+        }
     }
 }
 
@@ -93,7 +112,10 @@ impl ConsumerContext for Context {
 
     fn post_rebalance(&self, client: &BaseConsumer<Self>, rebalance: &Rebalance<'_>) {
         match rebalance {
-            Rebalance::Assign(_) => self.0.joined.store(true, Ordering::Release),
+            Rebalance::Assign(_) => {
+                self.0.fence.joined();
+                self.0.joined.store(true, Ordering::Release);
+            }
             Rebalance::Revoke(_) if client.assignment_lost() => {
                 self.0.joined.store(false, Ordering::Release);
             }

@@ -18,9 +18,10 @@ use std::{
 };
 
 use rdkafka::{
+    ClientConfig,
     config::FromClientConfigAndContext,
     consumer::{BaseConsumer, Consumer as _},
-    error::KafkaResult,
+    error::{KafkaError, KafkaResult},
 };
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
@@ -51,6 +52,8 @@ pub(super) struct Transform {
     backend: Arc<Backend>,
     session: Session,
     client: BaseConsumer<Context>,
+    /// What it was made of, and its successor is.
+    settings: ClientConfig,
     member: Arc<Member>,
     rules: Arc<Rules>,
     runtime: Handle,
@@ -100,7 +103,8 @@ impl Transform {
         settings
             .set("enable.auto.commit", "false")
             .set("isolation.level", "read_committed");
-        let member = Arc::new(Member::new(Arc::clone(&backend.link), plan.reset));
+        let link = Arc::clone(&backend.link);
+        let member = Arc::new(Member::new(link, plan.reset, options.session_timeout));
         let client = BaseConsumer::from_config_and_context(&settings, Context(Arc::clone(&member)))
             .map_err(|e| failed(ErrorCode::InvalidConfig, "the consumer's settings", e))?;
         let dead_letters = Topic::new(backend.topology.dead_letter_topic())?;
@@ -116,6 +120,7 @@ impl Transform {
             backend: Arc::clone(backend),
             session,
             client,
+            settings,
             member,
             rules: Arc::new(rules),
             runtime,
@@ -148,9 +153,8 @@ impl Transform {
         // Before the group is joined: what an earlier process of the id left open is
         // ended by this, and its positions are known then.
         self.prepare(all)?;
-        let name = consumer::subscribed(&self.pattern);
         self.client
-            .subscribe(&[&name])
+            .subscribe(&[&consumer::subscribed(&self.pattern)])
             .map_err(|e| format!("subscribing: {e}"))?;
         while !self.is_over(all) {
             self.tell();
@@ -197,9 +201,13 @@ impl Transform {
     }
 
     /// Takes in one message. False: there is none.
-    fn poll(&self, wait: Duration) -> Result<bool, String> {
+    fn poll(&mut self, wait: Duration) -> Result<bool, String> {
         match self.client.poll(wait) {
             None => Ok(false),
+            Some(Err(error)) if self.member.is_forgotten(&error) => {
+                self.join_anew(&error)?;
+                Ok(false)
+            }
             Some(Err(error)) => {
                 tracing::debug!(target: "messaging_hub::kafka", %error, "consuming");
                 match consumer::fatal(&error, self.member.reset) {
@@ -225,6 +233,25 @@ impl Transform {
                 Ok(true)
             }
         }
+    }
+
+    /// Joins the group with a client of its own, since one that was fenced is of no
+    /// use any more. What is held is read again, by whoever is given it.
+    fn join_anew(&mut self, error: &KafkaError) -> Result<(), String> {
+        tracing::warn!(target: "messaging_hub::kafka", pattern = %self.pattern, %error,
+            "fenced right after the brokers came back, which had forgotten this member: it joins again");
+        let context = Context(Arc::clone(&self.member));
+        let client = BaseConsumer::from_config_and_context(&self.settings, context)
+            .and_then(|c| {
+                c.subscribe(&[&consumer::subscribed(&self.pattern)])
+                    .map(|()| c)
+            })
+            .map_err(|e| format!("joining again: {e}"))?;
+        // The new one is given nothing before it is polled.
+        drop(std::mem::replace(&mut self.client, client));
+        self.member.leave();
+        self.paused.clear();
+        Ok(())
     }
 
     /// Has a batch handled. None: nobody waits for it any longer, or a task of it
