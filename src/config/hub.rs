@@ -258,8 +258,8 @@ pub enum RetryBy {
     /// kept; other keys go on.
     #[default]
     Lane,
-    /// In a topic of the group's own for each delay (`hub-retry.GROUP.5s`), read
-    /// by the group's members: nothing waits behind it, and it outlives its
+    /// In a topic of the group's own for each delay (`hub-retry.GROUP-1a2b3c4d.5s`,
+    /// the number standing for group and pattern), read by its members: nothing waits behind it, and it outlives its
     /// reader. Danger: a retry comes after what followed it in its key.
     Topic,
 }

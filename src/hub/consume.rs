@@ -398,6 +398,7 @@ impl MessagingHub {
             buffer: options.buffer_size,
             most: self.0.max_message_bytes,
             passes_resting: !resting::is_resting(source.pattern().as_str()),
+            rests: resting::is_resting(source.pattern().as_str()),
             #[cfg(feature = "schema")]
             checks: self.checks(),
         });

@@ -5,7 +5,7 @@
 //! ```text
 //!   the event's topic --.                       .--> reader
 //!                        >--- this task -------<
-//!   hub-retry.GROUP.5s -'   holds until due     '<-- verdicts
+//!   hub-retry.OWN.5s ---'   holds until due     '<-- verdicts
 //!           ^                                          |
 //!           '----- copy, confirmed; then the ack ------'  (retry)
 //! ```
@@ -29,8 +29,8 @@ use super::{
 };
 use crate::{
     broker::{
-        Consumer, ConsumerControl, Delays, Delivery, PublishOptions, Received, RetryMode,
-        Settlement, Source, SubscribeOptions, Verdict,
+        BrokerType, Consumer, ConsumerControl, Delays, Delivery, PublishOptions, Received,
+        RetryMode, Settlement, Source, SubscribeOptions, Verdict,
         consumer::{ConsumerState, report},
     },
     duration,
@@ -57,22 +57,29 @@ pub(super) fn is_resting(topic: &str) -> bool {
     topic.starts_with(PREFIX)
 }
 
-/// Where a group's failed events rest. What a topic's name cannot have is
-/// replaced, and a checksum keeps different groups apart.
-fn name(group: &str, delay: Duration) -> Result<Topic> {
+/// What the failed events of a group's subscription to a pattern rest under. What a
+/// topic's name cannot have is replaced, and a checksum keeps different ones apart:
+/// subscriptions of one group to different patterns have handlers of their own.
+fn own(group: &str, pattern: &Pattern) -> String {
     let is_kept = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
     let clean: String = group
         .chars()
         .map(|c| if is_kept(c) { c } else { '_' })
         .take(MAX_TOPIC_LEN / 2)
         .collect();
-    let delay = duration::format(delay);
-    Topic::new(if clean == group {
-        format!("{PREFIX}{clean}.{delay}")
-    } else {
-        let sum = crc32fast::hash(group.as_bytes());
-        format!("{PREFIX}{clean}-{sum:08x}.{delay}")
-    })
+    let sum = crc32fast::hash(format!("{group}\u{0}{pattern}").as_bytes());
+    format!("{clean}-{sum:08x}")
+}
+
+/// Where they rest for a time.
+fn name(own: &str, delay: Duration) -> Result<Topic> {
+    Topic::new(format!("{PREFIX}{own}.{}", duration::format(delay)))
+}
+
+/// How long events rest in a topic, if it is one of these.
+fn delay_of(topic: &str, own: &str) -> Option<Duration> {
+    let rest = topic.strip_prefix(PREFIX)?.strip_prefix(own)?;
+    duration::parse(rest.strip_prefix('.')?).ok()
 }
 
 /// A topic in which events rest, and those of them that are in hand.
@@ -117,9 +124,18 @@ impl MessagingHub {
             Some(delay) => Delays::every(delay),
             None => self.retry_delays(source),
         };
+        let own = own(group, source.pattern());
+        let mut all: Vec<Duration> = Vec::new();
+        // What rests under delays that were configured before is not left behind.
+        let before = self.resting_before(route.primary, &own).await;
+        for delay in delays.iter().chain(before) {
+            if !all.contains(&delay) {
+                all.push(delay);
+            }
+        }
         let mut rests: Vec<Rest> = Vec::new();
-        let own = SubscribeOptions {
-            group_id: Some(format!("{group}.retry")),
+        let reading = SubscribeOptions {
+            group_id: Some(format!("{own}.retry")),
             consumer_tag: None,
             max_poll_records: options.max_poll_records,
             session_timeout: options.session_timeout,
@@ -127,11 +143,8 @@ impl MessagingHub {
             buffer_size: options.buffer_size,
             ..SubscribeOptions::default()
         };
-        for delay in delays.iter() {
-            if rests.iter().any(|r| r.delay == delay) {
-                continue;
-            }
-            let source = Source::Stream(Pattern::from(&name(group, delay)?));
+        for delay in all {
+            let source = Source::Stream(Pattern::from(&name(&own, delay)?));
             let broker = self.route_of(source.pattern())?.primary;
             if let Some(broker) = self.broker(broker)
                 && broker.is_connected()
@@ -146,7 +159,7 @@ impl MessagingHub {
                     .group_instance_id
                     .as_ref()
                     .map(|id| format!("{id}-retry-{}", duration::format(delay))),
-                ..own.clone()
+                ..reading.clone()
             };
             rests.push(Rest {
                 delay,
@@ -161,7 +174,7 @@ impl MessagingHub {
         let (relay, verdicts) = Relay::new();
         let task = Resting {
             hub: self.clone(),
-            group: group.clone(),
+            own,
             main: primary,
             main_open: true,
             rests,
@@ -180,10 +193,25 @@ impl MessagingHub {
     }
 }
 
+impl MessagingHub {
+    /// Delays under which events of a subscription may rest already. While the broker
+    /// cannot be asked, none: they are read after the next start.
+    async fn resting_before(&self, primary: BrokerType, own: &str) -> Vec<Duration> {
+        if !self.broker(primary).is_some_and(|b| b.is_connected()) {
+            return Vec::new();
+        }
+        let Ok(topics) = self.list_topics().await else {
+            return Vec::new();
+        };
+        topics.iter().filter_map(|t| delay_of(t, own)).collect()
+    }
+}
+
 /// The task behind such a consumer.
 struct Resting {
     hub: MessagingHub,
-    group: String,
+    /// What its topics are named after.
+    own: String,
     main: Consumer,
     main_open: bool,
     rests: Vec<Rest>,
@@ -284,8 +312,10 @@ impl Resting {
         for rest in &mut self.rests {
             rest.waiting.clear();
             rest.consumer.control.begin_stop();
-            rest.consumer.deliveries.close();
-            while rest.consumer.deliveries.try_recv().is_ok() {}
+            // Dropped, not only closed: what a source still sends with room that was
+            // promised to it would lie here unseen, and be waited for.
+            rest.consumer.deliveries = mpsc::channel(1).1;
+            rest.open = false;
         }
     }
 
@@ -348,7 +378,7 @@ impl Resting {
             return;
         }
         let hub = self.hub.clone();
-        let topic = name(&self.group, delay);
+        let topic = name(&self.own, delay);
         self.moving.push(Box::pin(async move {
             match rest(&hub, topic, &received, failure).await {
                 // The copy is safe, so the original may go.
@@ -384,6 +414,18 @@ async fn rest(
     failure: Failure,
 ) -> Result<()> {
     let topic = topic?;
+    if received.via != BrokerType::InMemory && hub.store().is_none() {
+        // Kept in memory only, the copy would be gone with the process while the
+        // original was acked.
+        let primary = hub.route_of(&Pattern::from(&topic))?.primary;
+        if !hub.broker(primary).is_some_and(|b| b.is_connected()) {
+            return Err(Error::new(
+                ErrorCode::BrokerUnavailable,
+                "the broker is away, and this hub has no disk to keep the copy on",
+            )
+            .on(topic.as_str()));
+        }
+    }
     let mut message: Message = (*received.message).clone();
     message.retry_count = message.retry_count.saturating_add(1);
     message.error = Some(failure.text().to_owned());
@@ -424,8 +466,20 @@ mod tests {
 
     #[test]
     fn each_group_and_delay_has_a_topic_of_its_own() {
-        let of = |group: &str, ms| name(group, Duration::from_millis(ms)).unwrap().to_string();
-        assert_eq!(of("audit", 5000), "hub-retry.audit.5s");
+        let events = Pattern::new("events.#").unwrap();
+        let of = |group: &str, ms| {
+            let own = own(group, &events);
+            name(&own, Duration::from_millis(ms)).unwrap().to_string()
+        };
+        let audit = own("audit", &events);
+        assert_eq!(of("audit", 5000), format!("hub-retry.{audit}.5s"));
+        assert!(audit.starts_with("audit-") && audit.len() == 14);
+        let other = own("audit", &Pattern::new("mail.#").unwrap());
+        assert_ne!(audit, other, "another pattern, another handler");
+        let delay = Duration::from_secs(5);
+        assert_eq!(delay_of(&of("audit", 5000), &audit), Some(delay));
+        assert_eq!(delay_of(&of("audit", 5000), &other), None);
+        assert_eq!(delay_of("events.5s", &audit), None);
         let names = [
             of("audit", 5000),
             of("audit", 6000),

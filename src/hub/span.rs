@@ -48,6 +48,9 @@ pub(crate) struct Parts {
     pub(crate) most: usize,
     /// It covers topics by chance in which other groups' failed events rest.
     pub(crate) passes_resting: bool,
+    /// It reads one of those topics, to which each attempt that fails comes again as
+    /// another message of the same id.
+    pub(crate) rests: bool,
     /// What payloads must look like; none: anything.
     #[cfg(feature = "schema")]
     pub(crate) checks: Option<Checks>,
@@ -342,7 +345,12 @@ impl Span {
             }
             // Handled is handled, whether or not the broker hears of it.
             (Some(lease), Verdict::Ack) => {
-                self.parts.group.commit(lease);
+                if self.parts.rests {
+                    // Handled, or copied for another attempt: this one is over.
+                    self.parts.group.retried(lease);
+                } else {
+                    self.parts.group.commit(lease);
+                }
                 done.map(|answer| {
                     let (done, upstream) = oneshot::channel();
                     let closing = self.parts.closing.clone();

@@ -61,6 +61,7 @@ fn span_of(group: Option<&str>) -> (Source, Consumer) {
         buffer: 4,
         most: 1024,
         passes_resting: false,
+        rests: false,
         #[cfg(feature = "schema")]
         checks: None,
     });
