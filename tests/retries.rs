@@ -35,8 +35,13 @@ use serde_json::{Value, json};
 use support::{Rabbit, RabbitVersion, need, shared_kafka, shared_rabbit, unique, wait};
 
 const LIMIT: Duration = Duration::from_secs(90);
-/// Before the second and the third attempt.
-const RESTS: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(3)];
+/// Before the second, the third and the fourth attempt; the route names two delays,
+/// of which the last holds for all that follow.
+const RESTS: [Duration; 3] = [
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+    Duration::from_secs(3),
+];
 /// What a busy machine may add.
 const SLACK: Duration = Duration::from_millis(2_500);
 
@@ -73,7 +78,7 @@ impl Site {
         let mut config = MessagingConfig::builtin();
         config.hub.auto_declare = Some(true);
         let mut route = RouteSettings::new(Pattern::new(&topic).unwrap(), route_kind);
-        route.retry_delay = Delays::list(&RESTS);
+        route.retry_delay = Delays::list(&RESTS[..2]);
         if let Kind::Event(by) = kind {
             route.retry_by = by;
         }
@@ -144,7 +149,7 @@ impl Site {
     }
 
     async fn publish(&self, id: &str, body: &str) {
-        self.publish_for(id, body, 2).await;
+        self.publish_for(id, body, 3).await;
     }
 
     async fn publish_for(&self, id: &str, body: &str, retries: u32) {
@@ -190,12 +195,12 @@ async fn fails_rests_dies_and_comes_back(site: Site, waits_behind: bool) {
     site.publish("the-bad-one", "bad").await;
     site.attempted("bad", 1).await;
     site.publish("the-next", "good").await;
-    site.attempted("bad", 3).await;
+    site.attempted("bad", 4).await;
     site.attempted("good", 1).await;
 
     let attempts = site.attempts("bad");
     let numbers: Vec<u32> = attempts.iter().map(|(_, n)| *n).collect();
-    assert_eq!(numbers, [0, 1, 2], "{name}");
+    assert_eq!(numbers, [0, 1, 2, 3], "{name}");
     for (n, rest) in RESTS.iter().enumerate() {
         let gap = attempts[n + 1].0 - attempts[n].0;
         assert!(
@@ -206,14 +211,14 @@ async fn fails_rests_dies_and_comes_back(site: Site, waits_behind: bool) {
     }
     // What is behind it in its key waits for it in its lane, and nowhere else.
     let good = site.attempts("good")[0].0;
-    assert_eq!(good > attempts[2].0, waits_behind, "{name}");
+    assert_eq!(good > attempts[3].0, waits_behind, "{name}");
 
     let letter = wait::value(LIMIT, "a dead letter", async || site.letters().await.pop()).await;
     for (field, value) in [
         ("message_id", json!("the-bad-one")),
         ("original_topic", json!(site.topic)),
         ("failure_details", json!("it is bad")),
-        ("retry_count", json!(2)),
+        ("retry_count", json!(3)),
         ("status", json!("pending")),
     ] {
         assert_eq!(letter[field], value, "{name}: {field} of {letter}");
@@ -246,7 +251,7 @@ async fn fails_rests_dies_and_comes_back(site: Site, waits_behind: bool) {
     site.publish("the-last", "last").await;
     site.attempted("last", 1).await;
     assert_eq!(site.attempts("mended").len(), 1, "{name}");
-    assert_eq!(site.attempts("bad").len(), 3, "{name}");
+    assert_eq!(site.attempts("bad").len(), 4, "{name}");
 
     // A panic is a failure like any other, and nobody else's.
     site.publish_for("the-worst", "panic", 0).await;
@@ -430,10 +435,11 @@ async fn an_event_that_rests_outlives_its_hub_and_is_nobody_elses() {
 
 const QUEUE: &str = "helixagent.tasks.background";
 
-fn long_running(url: &str, folder: &Path) -> Hub {
+fn hub_of(url: &str, folder: &Path, long_running: bool) -> Hub {
     let file = folder.join("hub.yaml");
-    let routes =
-        format!("hub:\n  routes:\n    - {{pattern: {QUEUE}, kind: task, long_running: true}}\n");
+    let routes = format!(
+        "hub:\n  routes:\n    - {{pattern: {QUEUE}, kind: task, long_running: {long_running}}}\n"
+    );
     std::fs::write(&file, routes).unwrap();
     let data = folder.join("data");
     Hub::start_with(
@@ -473,7 +479,7 @@ async fn a_long_task_is_acked_at_rabbitmq_and_kept_by_the_hub_through_a_kill() {
     const FIRST: usize = 5;
     let rabbit = need!(Rabbit::start(RabbitVersion::V4).await);
     let folder = tempfile::tempdir().unwrap();
-    let hub = long_running(rabbit.url(), folder.path());
+    let hub = hub_of(rabbit.url(), folder.path(), true);
     let lines: String = (0..ALL)
         .map(|n| json!({"id": format!("t{n}")}).to_string() + "\n")
         .collect();
@@ -510,10 +516,27 @@ async fn a_long_task_is_acked_at_rabbitmq_and_kept_by_the_hub_through_a_kill() {
     hub.signal("KILL");
     drop(hub);
 
-    let hub = long_running(rabbit.url(), folder.path());
+    // One that goes on with what was handed over, until it is killed too.
+    let hub = hub_of(rabbit.url(), folder.path(), true);
+    let mut held = Vec::new();
+    while held.len() < FIRST {
+        assert!(Instant::now() < deadline, "{} leased again", held.len());
+        held.extend(
+            hub.lease(QUEUE, FIRST - held.len(), Duration::from_secs(1))
+                .await,
+        );
+    }
+    hub.ack(&held[..1]).await;
+    let done = held[0]["message"]["id"].as_str().unwrap().to_owned();
+    hub.signal("KILL");
+    drop(hub);
+
+    // And one whose route is not long-running any more: what was handed over is
+    // handed out beside what RabbitMQ has.
+    let hub = hub_of(rabbit.url(), folder.path(), false);
     let mut ids = std::collections::BTreeMap::<String, usize>::new();
     let deadline = Instant::now() + LIMIT;
-    while ids.len() < ALL {
+    while ids.len() < ALL - 1 {
         assert!(Instant::now() < deadline, "{ids:?}");
         let leased = hub.lease(QUEUE, 10, Duration::from_secs(1)).await;
         hub.ack(&leased).await;
@@ -523,6 +546,7 @@ async fn a_long_task_is_acked_at_rabbitmq_and_kept_by_the_hub_through_a_kill() {
         }
     }
     assert!(ids.values().all(|n| *n == 1), "{ids:?}");
+    assert!(!ids.contains_key(&done), "{done} was acked before");
     assert_eq!(
         hub.lease(QUEUE, 10, Duration::from_millis(300)).await.len(),
         0

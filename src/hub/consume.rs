@@ -356,6 +356,8 @@ impl MessagingHub {
         }
         let primary = if self.hands_over(&route, options) {
             self.consume_long(&*broker, source, options).await?
+        } else if self.is_left_over(&route, source).await {
+            self.consume_left_over(&*broker, source, options).await?
         } else {
             broker.consume(source, options).await?
         };

@@ -10,7 +10,9 @@
 //!
 //! No more is handed over than the subscription's prefetch, so other hubs share
 //! the work as before. What was handed over belongs to this hub: killed, it goes on
-//! with it at the next start, when somebody subscribes again; no other hub can.
+//! with it at the next start, when somebody subscribes again; no other hub can. That
+//! subscription need not be long-running any more: then it is given what was left
+//! over beside what RabbitMQ has, and nothing more is handed over.
 //! Failed tasks rest in the embedded queue, and their dead letters are the hub's
 //! own. It refuses to work without a data folder: then an ack would lose the task
 //! with the process.
@@ -33,11 +35,16 @@ use crate::{
         consumer::{ConsumerState, report},
     },
     error::{Error, ErrorCode, Result},
+    message::DeliveryMode,
     topic::Topic,
 };
 
 /// How long is waited after the embedded broker would not take a task.
 const PAUSE: Duration = Duration::from_millis(250);
+
+/// How often it is looked whether what was counted here is still here, while that
+/// leaves no room: tasks also expire, and other readers of the queue take some.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Verdicts taken up in one turn.
 const TURN: usize = 256;
@@ -47,6 +54,56 @@ impl MessagingHub {
     /// route, are long-running, and the broker would not wait.
     pub(super) fn hands_over(&self, route: &Route, options: &SubscribeOptions) -> bool {
         route.primary == BrokerType::RabbitMq && (options.long_running || route.long_running)
+    }
+
+    /// Whether tasks of a queue were handed over by a subscription that was
+    /// long-running, while this one is not.
+    pub(super) async fn is_left_over(&self, route: &Route, source: &Source) -> bool {
+        let (Source::Queue(pattern), BrokerType::RabbitMq) = (source, route.primary) else {
+            return false;
+        };
+        let Some(queue) = pattern.literal() else {
+            return false;
+        };
+        // The hub's own letters are not the queue's.
+        if self.store().is_none() || self.0.topology.keeps_dead_letters(&queue) {
+            return false;
+        }
+        let fallback = lock(&self.0.brokers).fallback.clone();
+        match fallback.as_ref().and_then(|f| f.task_queue()) {
+            // Those that rest too.
+            Some(queues) => {
+                let stats = queues.queue_stats(&queue).await;
+                stats.is_ok_and(|s| s.messages > 0)
+            }
+            None => false,
+        }
+    }
+
+    /// A consumer of a queue of which some tasks were handed over before.
+    ///
+    /// # Errors
+    /// As the brokers' own `consume`.
+    pub(super) async fn consume_left_over(
+        &self,
+        broker: &dyn MessageBroker,
+        source: &Source,
+        options: &SubscribeOptions,
+    ) -> Result<Consumer> {
+        let fallback = lock(&self.0.brokers).fallback.clone();
+        let (Some(embedded), Some(queue)) = (fallback, source.pattern().literal()) else {
+            return broker.consume(source, options).await;
+        };
+        tracing::info!(%queue, "tasks of a subscription that was long-running are left over; they are handed out too");
+        let here = SubscribeOptions {
+            prefetch: options.prefetch,
+            buffer_size: options.buffer_size,
+            auto_ack: options.auto_ack,
+            ..SubscribeOptions::default()
+        };
+        let kept = embedded.consume(source, &here).await?;
+        let feed = broker.consume(source, options).await?;
+        Ok(self.spanning(queue, embedded, (feed, kept), options, Way::PassOn))
     }
 
     /// A consumer of a queue whose tasks are handed over.
@@ -103,18 +160,32 @@ impl MessagingHub {
         };
         let kept = embedded.consume(source, &here).await?;
         let feed = broker.consume(source, &feed).await?;
+        let way = Way::HandOver {
+            most: usize::from(options.prefetch).max(1),
+            here: usize::try_from(waiting).unwrap_or(usize::MAX),
+        };
+        Ok(self.spanning(queue, embedded, (feed, kept), options, way))
+    }
+
+    fn spanning(
+        &self,
+        queue: Topic,
+        embedded: Arc<dyn MessageBroker>,
+        (feed, kept): (Consumer, Consumer),
+        options: &SubscribeOptions,
+        way: Way,
+    ) -> Consumer {
         let (control, stopping, report) = ConsumerControl::new();
         let (out, deliveries) = mpsc::channel(options.buffer_size.max(1));
         let (relay, verdicts) = Relay::new();
         let retry = kept.retry;
         let task = LongRunning {
             hub: self.clone(),
-            queue: queue.clone(),
+            queue,
             embedded,
             feed: Some(feed),
             kept,
-            most: usize::from(options.prefetch).max(1),
-            here: usize::try_from(waiting).unwrap_or(usize::MAX),
+            way,
             lane: None,
             moving: HashMap::new(),
             next: 0,
@@ -124,11 +195,45 @@ impl MessagingHub {
         };
         let stop = stopping.clone();
         self.0.tasks.spawn(task.run(verdicts, stop));
-        Ok(Consumer {
+        Consumer {
             deliveries,
             control,
             retry,
-        })
+        }
+    }
+}
+
+/// What becomes of RabbitMQ's deliveries.
+enum Way {
+    /// They are handed over.
+    HandOver {
+        /// Tasks of this subscription here at most, but for those that rest.
+        most: usize,
+        here: usize,
+    },
+    /// They go to the reader as they are.
+    PassOn,
+}
+
+impl Way {
+    fn has_room(&self) -> bool {
+        match self {
+            Self::HandOver { most, here } => here < most,
+            Self::PassOn => true,
+        }
+    }
+
+    /// So many tasks are here no more.
+    fn went(&mut self, tasks: usize) {
+        if let Self::HandOver { here, .. } = self {
+            *here = here.saturating_sub(tasks);
+        }
+    }
+
+    fn came(&mut self) {
+        if let Self::HandOver { here, .. } = self {
+            *here += 1;
+        }
     }
 }
 
@@ -139,9 +244,7 @@ struct LongRunning {
     /// None once nothing more is taken from RabbitMQ.
     feed: Option<Consumer>,
     kept: Consumer,
-    /// Tasks of this subscription here at most, but for those that rest.
-    most: usize,
-    here: usize,
+    way: Way,
     lane: Option<Lane>,
     /// On their way into the embedded queue.
     moving: HashMap<u64, Delivery>,
@@ -163,13 +266,20 @@ impl LongRunning {
         let mut kept_open = true;
         let mut state = self.feed.as_ref().map(|f| f.control.watch());
         let mut failure = None;
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             if let Some(state) = &mut state
                 && self.out.is_some()
             {
                 report(&self.report, &state.borrow_and_update());
             }
-            let room = self.here < self.most && self.out.is_some();
+            let room = self.way.has_room();
+            let (want, done) = (pending.is_empty(), self.out.is_none());
+            let take = match self.way {
+                Way::HandOver { .. } => room,
+                Way::PassOn => want,
+            };
             tokio::select! {
                 biased;
                 _ = verdicts.recv_many(&mut settled, TURN) => {
@@ -192,21 +302,19 @@ impl LongRunning {
                     }
                 }
                 answer = confirmed(&mut self.lane), if !self.moving.is_empty() => self.moved(answer).await,
-                batch = self.kept.deliveries.recv(), if kept_open && (pending.is_empty() || self.out.is_none()) => {
+                batch = self.kept.deliveries.recv(), if kept_open && (want || done) => {
                     match batch {
                         Some(late) if self.out.is_none() => drop(late),
-                        Some(batch) => pending = batch.into_iter().map(|d| {
-                            let (received, upstream) = d.into_parts();
-                            self.relay.wrap(received, upstream, ())
-                        }).collect(),
+                        Some(batch) => pending = self.wrap(batch),
                         None => {
                             kept_open = false;
                             stopping.cancel();
                         }
                     }
                 }
-                batch = next_of(&mut self.feed), if room || self.out.is_none() => match batch {
+                batch = next_of(&mut self.feed), if take || done => match batch {
                     Some(late) if self.out.is_none() => drop(late),
+                    Some(batch) if matches!(self.way, Way::PassOn) => pending = self.wrap(batch),
                     Some(batch) => self.move_in(batch).await,
                     None => {
                         if let Some(feed) = self.feed.take() {
@@ -218,6 +326,7 @@ impl LongRunning {
                     }
                 },
                 () = changed(&mut state) => {}
+                _ = look.tick(), if !room && want && !done => self.look().await,
             }
             let idle = self.moving.is_empty() && self.relay.is_empty();
             if self.out.is_none() && idle && !kept_open && self.feed.is_none() {
@@ -232,6 +341,29 @@ impl LongRunning {
         let _ = self.report.send(last);
     }
 
+    fn wrap(&mut self, batch: Vec<Delivery>) -> Vec<Delivery> {
+        let wrap = |d: Delivery| {
+            let (received, upstream) = d.into_parts();
+            self.relay.wrap(received, upstream, ())
+        };
+        batch.into_iter().map(wrap).collect()
+    }
+
+    /// Counts what is here anew.
+    async fn look(&mut self) {
+        let Some(queues) = self.embedded.task_queue() else {
+            return;
+        };
+        let Ok(stats) = queues.queue_stats(&self.queue).await else {
+            return;
+        };
+        let ready = usize::try_from(stats.messages_ready).unwrap_or(usize::MAX);
+        let now = ready.saturating_add(self.relay.len() + self.moving.len());
+        if let Way::HandOver { here, .. } = &mut self.way {
+            *here = now;
+        }
+    }
+
     fn settle(&mut self, settlement: Settlement) {
         let Settlement { tag, verdict, done } = settlement;
         let Some((upstream, ())) = self.relay.take(tag) else {
@@ -239,7 +371,7 @@ impl LongRunning {
         };
         if !matches!(verdict, Verdict::Requeue) {
             // What came back after a rest was counted out before.
-            self.here = self.here.saturating_sub(1);
+            self.way.went(1);
         }
         pass(&upstream, verdict, done);
     }
@@ -250,14 +382,19 @@ impl LongRunning {
         let mut submissions = Vec::with_capacity(batch.len());
         for delivery in batch {
             self.next += 1;
+            let mut message = delivery.received().message.clone();
+            if !message.is_persistent() {
+                // Acked at RabbitMQ it is nowhere but here, so it waits for the disk.
+                Arc::make_mut(&mut message).delivery_mode = DeliveryMode::Persistent;
+            }
             submissions.push(Submission {
                 token: self.next,
-                message: delivery.received().message.clone(),
+                message,
                 order: OrderKey::Publisher(0),
                 marks: (*delivery.received().marks).clone(),
                 confirm: true,
             });
-            self.here += 1;
+            self.way.came();
             self.moving.insert(self.next, delivery);
         }
         if self.lane.is_none() {
@@ -302,7 +439,7 @@ impl LongRunning {
             | Fate::Overloaded(error)
             | Fate::Unknown(error)
             | Fate::Unsent(error) => {
-                self.here = self.here.saturating_sub(1);
+                self.way.went(1);
                 tracing::warn!(
                     queue = %self.queue, id = %delivery.message.id, %error,
                     "a long-running task could not be handed over; it goes back to RabbitMQ"
@@ -319,7 +456,7 @@ impl LongRunning {
             queue = %self.queue, %error, tasks = self.moving.len(),
             "long-running tasks could not be handed over; they go back to RabbitMQ"
         );
-        self.here = self.here.saturating_sub(self.moving.len());
+        self.way.went(self.moving.len());
         tokio::time::sleep(PAUSE).await;
         self.moving.clear();
     }
