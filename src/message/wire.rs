@@ -145,7 +145,8 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A failure now, of a message that may have failed before.
+    /// A failure now, of a message that may have failed before. Of `reason` 256 bytes
+    /// are kept, of `details` 8 KiB.
     #[must_use]
     pub fn now(
         reason: impl Into<String>,
@@ -155,8 +156,8 @@ impl Failure {
     ) -> Self {
         let now = Timestamp::now();
         Self {
-            reason: reason.into(),
-            details: details.into(),
+            reason: cut(reason.into(), MAX_REASON),
+            details: cut(details.into(), MAX_DETAILS),
             first: earlier.map_or(now, |f| f.first),
             last: now,
             original_topic: earlier.map_or_else(|| topic.to_owned(), |f| f.original_topic.clone()),
@@ -187,6 +188,25 @@ impl Failure {
         }
     }
 }
+
+/// The beginning of a text that is too long, with a word of how much it was.
+fn cut(mut text: String, most: usize) -> String {
+    let whole = text.len();
+    if whole > most {
+        let end = (0..=most).rev().find(|at| text.is_char_boundary(*at));
+        text.truncate(end.unwrap_or(0));
+        text.push_str(&format!("... ({whole} bytes)"));
+    }
+    text
+}
+
+/// Bytes of a failure's details that travel: twice, as the error too, and all of a
+/// message's headers have to fit an AMQP frame. What did not fit could be neither
+/// retried nor buried, and would come back for ever.
+const MAX_DETAILS: usize = 8 * 1024;
+
+/// Bytes of a failure's reason.
+const MAX_REASON: usize = 256;
 
 /// One header on its way out.
 pub type Header<'a> = (Cow<'a, str>, Cow<'a, str>);
@@ -347,6 +367,8 @@ fn decode_one(message: &mut Message, marks: &mut Marks, name: &str, value: &str)
     match name {
         names::WIRE => {}
         names::TOPIC => message.topic = Some(value.to_owned()),
+        // An adapter may have looked for it before.
+        names::ID if message.id.as_str() == value => {}
         names::ID => {
             if let Ok(id) = MessageId::new(value) {
                 message.id = id;
@@ -625,6 +647,18 @@ fn set_failure(failure: &mut Failure, part: &str, value: &str) {
 mod tests {
     use super::*;
     use crate::message::{Event, Key, Task};
+
+    #[test]
+    fn of_a_long_failure_the_beginning_travels_so_that_its_message_can_be_moved() {
+        let failure = |details: &str| Failure::now("r", details, "t", None).details;
+        let fits = "x".repeat(MAX_DETAILS);
+        assert_eq!(failure(&fits), fits);
+        // Not in the middle of a character.
+        let long = format!("x{}", "é".repeat(MAX_DETAILS));
+        let kept = failure(&long);
+        assert!(kept.len() < MAX_DETAILS + 32, "{}", kept.len());
+        assert!(kept.starts_with("xéé") && kept.ends_with("é... (16385 bytes)"));
+    }
 
     fn round_trip(message: &Message, marks: &Marks, carrier: Carrier) -> (Message, Marks) {
         let headers = encode(message, "t", marks, carrier);

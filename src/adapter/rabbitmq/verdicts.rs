@@ -34,6 +34,7 @@ pub(super) type Held = Received;
 pub(super) struct Rerouted {
     tag: u64,
     way: Way,
+    failure: Option<Failure>,
     answer: Option<Answer>,
     outcome: Result<()>,
 }
@@ -53,6 +54,9 @@ enum Way {
 /// RabbitMQ 4's quorum queues drop it after 20, or dead-letter it where the
 /// queue says so; other ways of coming back (a channel that closes) count too.
 pub(super) const MOST_RETURNS: i64 = 10;
+
+/// How long a message that could not be moved stays in hand.
+const UNMOVED: Duration = Duration::from_secs(1);
 
 pub(super) struct Serving<'a> {
     pub(super) session: &'a Session<'a>,
@@ -128,9 +132,9 @@ impl Serving<'_> {
         let topology = &self.session.shared.topology;
         let mut message = (*held.message).clone();
         let mut marks = (*held.marks).clone();
-        if let Some(failure) = failure {
+        if let Some(failure) = &failure {
             message.error = Some(failure.text().to_owned());
-            marks.failure = Some(Box::new(failure));
+            marks.failure = Some(Box::new(failure.clone()));
         }
         let address = match way {
             Way::DeadLetter => (String::new(), topology.dead_letter_queue().to_owned()),
@@ -151,9 +155,14 @@ impl Serving<'_> {
         self.reroutes.push(
             async move {
                 let outcome = courier.send(job).await;
+                if outcome.is_err() {
+                    // It is handed out, and fails, again: not as fast as that goes.
+                    tokio::time::sleep(UNMOVED).await;
+                }
                 Rerouted {
                     tag,
                     way,
+                    failure,
                     answer: done,
                     outcome,
                 }
@@ -174,6 +183,13 @@ impl Serving<'_> {
                 self.held.remove(&done.tag);
                 self.worn.remove(&done.tag);
                 self.acks.done(done.tag, done.answer);
+            }
+            Err(e) if self.worn.contains(&done.tag) => {
+                // The queue might drop it, given back once more: it stays in hand
+                // until it can be moved, or the channel ends.
+                warn!(queue = self.queue, error = %e, way = ?done.way, "a failed message could not be moved, and has come back often; it is tried again");
+                recorder.total_errors.inc();
+                self.reroute(done.tag, done.way, done.failure, done.answer);
             }
             Err(e) => {
                 warn!(queue = self.queue, error = %e, way = ?done.way, "a failed message could not be moved; it goes back to its queue");
