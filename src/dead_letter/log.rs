@@ -66,31 +66,48 @@ pub(super) async fn read(
         Err(e) if e.code() == ErrorCode::TopicNotFound => return Ok(nothing()),
         Err(e) => return Err(e),
     };
-    let ends = metadata
+    let ends: BTreeMap<i32, i64> = metadata
         .partitions
         .iter()
         .filter(|p| p.high_watermark > p.low_watermark)
         .map(|p| (p.id, p.high_watermark))
         .collect();
+    let mut options = SubscribeOptions::default().starting(StartFrom::Earliest);
+    options.stream.until = Some(ends.clone());
     let mut fold = Fold::new(ends, wanted.open, wanted.decided);
-    let options = SubscribeOptions::default().starting(StartFrom::Earliest);
     let pattern = Pattern::from(topic);
     if fold.is_done() {
         return Ok(nothing());
     }
     let mut consumer = streams.stream_messages(&pattern, &options).await?;
     while !fold.is_done() {
-        let batch = timeout(STANDSTILL, consumer.deliveries.recv()).await;
-        let Ok(Some(batch)) = batch else {
-            return Err(Error::new(
+        let unread = || {
+            Error::new(
                 ErrorCode::ConsumeFailed,
                 "the dead letters could not be read to their end, so what was decided about them is not known; try again",
             )
             .at(broker.broker_type())
-            .on(topic.as_str()));
+            .on(topic.as_str())
         };
-        for delivery in batch {
-            fold.feed(delivery.received(), wanted.keep, is_queue);
+        match timeout(STANDSTILL, consumer.deliveries.recv()).await {
+            Ok(Some(batch)) => {
+                for delivery in batch {
+                    fold.feed(delivery.received(), wanted.keep, is_queue);
+                }
+            }
+            // The last offset may be a transaction's marker, which nobody is given:
+            // the reader knows when it is at its end.
+            Ok(None) => {
+                consumer.control.stop().await;
+                match consumer.control.failure() {
+                    None => break,
+                    Some(why) => {
+                        return Err(unread()
+                            .caused_by(Error::new(ErrorCode::ConsumeFailed, why.to_string())));
+                    }
+                }
+            }
+            Err(_) => return Err(unread()),
         }
     }
     consumer.control.begin_stop();
