@@ -79,6 +79,11 @@ pub struct Outgoing {
 pub trait Transformer: Send + Sync + 'static {
     /// Transforms one message; nothing is written before the whole batch is done.
     fn transform(&self, received: Received) -> TransformFuture;
+
+    /// Whether nobody waits any longer: what fails now has not failed.
+    fn has_given_up(&self) -> bool {
+        false
+    }
 }
 
 /// The future of a [`Transformer`].

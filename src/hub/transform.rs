@@ -70,6 +70,13 @@ impl MessagingHub {
             )
             .on(pattern.as_str()));
         };
+        if options.long_running {
+            return Err(Error::rejected(
+                ErrorCode::InvalidConfig,
+                "long_running is for tasks; a transform may take as long as its transaction (kafka.transaction_timeout)",
+            )
+            .on(pattern.as_str()));
+        }
         options.retry_delay = Some(
             options
                 .retry_delay
@@ -133,6 +140,10 @@ where
                 () = step.give_up.cancelled() => Err(HandlerError::retry("the hub is closing")),
             }
         })
+    }
+
+    fn has_given_up(&self) -> bool {
+        self.0.give_up.is_cancelled()
     }
 }
 

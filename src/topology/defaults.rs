@@ -139,7 +139,14 @@ fn topics() -> Vec<TopicSpec> {
         plain("helixagent.stream.sse", 6, HOUR),
         plain("helixagent.stream.websocket", 6, HOUR),
         plain("helixagent.dlq.tasks", 3, 30 * DAY),
-        plain("helixagent.dlq.events", 3, 30 * DAY),
+        // The largest message, and what is said of its failure.
+        topic(
+            "helixagent.dlq.events",
+            3,
+            30 * DAY,
+            "delete",
+            Some(11 * 1024 * 1024),
+        ),
         plain("llmsverifier.events.verification", 3, 7 * DAY),
         plain("llmsverifier.events.provider", 3, 7 * DAY),
         plain("llmsverifier.events.model", 3, 7 * DAY),

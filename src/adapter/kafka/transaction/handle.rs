@@ -87,6 +87,8 @@ async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
         };
         match one(item, &rules).await {
             Ok(mut made) => handled.outputs.append(&mut made),
+            // The next member of the group handles it, from its beginning.
+            Err(_) if rules.transformer.has_given_up() => break,
             Err((failure, true)) => {
                 rules.recorder.messages_retried.inc();
                 handled.failed = Some((failure, rules.retry_delay));

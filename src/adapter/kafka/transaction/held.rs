@@ -55,6 +55,8 @@ pub(super) struct Handled {
 pub(super) struct Held {
     partitions: BTreeMap<TopicPartition, Partition>,
     generations: u64,
+    /// The partition that a single message was taken from last.
+    last: Option<TopicPartition>,
 }
 
 #[derive(Debug)]
@@ -129,10 +131,17 @@ impl Held {
         p.queue.push_back(item);
     }
 
-    /// Everything that does not rest, or one message of it.
+    /// Everything that does not rest, or one message of it, of each partition in turn.
     pub(super) fn batch(&mut self, now: Instant, one: bool) -> Vec<Part> {
         let mut parts = Vec::new();
-        for (place, p) in &mut self.partitions {
+        let last = self.last.take().filter(|_| one);
+        let is_behind = |place: &TopicPartition| last.as_ref().is_none_or(|last| place > last);
+        let (mut turn, others): (Vec<_>, Vec<_>) = self
+            .partitions
+            .iter_mut()
+            .partition(|(place, _)| is_behind(place));
+        turn.extend(others);
+        for (place, p) in turn {
             if p.rest.is_some_and(|until| now < until) {
                 continue;
             }
@@ -147,10 +156,18 @@ impl Held {
                 items: std::mem::replace(&mut p.queue, rest),
             });
             if one {
+                self.last = Some(place.clone());
                 break;
             }
         }
         parts
+    }
+
+    /// A partition stands still for a while.
+    pub(super) fn rest(&mut self, place: &TopicPartition, until: Instant) {
+        if let Some(p) = self.partitions.get_mut(place) {
+            p.rest = Some(until);
+        }
     }
 
     /// Takes back what was not done. False: the partition is another's by now, and
@@ -334,6 +351,28 @@ mod tests {
         let mut handled = failing(part, 3);
         assert!(!held.settle(&mut handled, now));
         assert_eq!(held.waiting(), 1);
+    }
+
+    #[test]
+    fn single_messages_are_taken_of_each_partition_in_turn_but_of_none_that_rests() {
+        let mut held = held(3, 3);
+        let now = Instant::now();
+        let next = |held: &mut Held| {
+            let part = held.batch(now, true).remove(0);
+            (part.place.1, part.items[0].offset)
+        };
+        assert_eq!(
+            (0..4).map(|_| next(&mut held)).collect::<Vec<_>>(),
+            [(0, 0), (1, 0), (2, 0), (0, 1)]
+        );
+        held.rest(&place(1), now + Duration::from_secs(1));
+        assert_eq!(
+            (0..2).map(|_| next(&mut held)).collect::<Vec<_>>(),
+            [(2, 1), (0, 2)]
+        );
+        let all = held.batch(now, false);
+        assert_eq!(all.len(), 1);
+        assert_eq!(all[0].place, place(2));
     }
 
     #[test]

@@ -86,9 +86,14 @@ impl ProducerContext for Context {
                     });
                 }
             }
-            // What is purged follows from the first that failed.
+            // What is purged follows from the first that failed; only where that one
+            // was merely written beside another that is at fault, it is the other.
             Err((error, _)) => {
-                book.failed.get_or_insert((index, error.clone()));
+                let beside = |e: &KafkaError| raw_code(e) == Some(Code::InvalidDifferentRecord);
+                let first = book.failed.as_ref();
+                if first.is_none_or(|(_, first)| beside(first) && !beside(error)) {
+                    book.failed = Some((index, error.clone()));
+                }
             }
         }
     }

@@ -100,6 +100,12 @@ impl Session {
         }
     }
 
+    /// The next transaction is written by a new producer, which fences whoever has the
+    /// id by then.
+    pub(super) fn renew(&mut self) {
+        self.producer = None;
+    }
+
     /// Makes this the only publisher of its id.
     ///
     /// # Errors

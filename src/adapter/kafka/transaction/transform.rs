@@ -67,6 +67,8 @@ pub(super) struct Transform {
     /// Messages that are still handled one by one, to find out which of them makes
     /// something that the broker refuses.
     careful: usize,
+    /// Transactions since the last that was committed.
+    failed: u32,
 }
 
 impl Transform {
@@ -130,6 +132,7 @@ impl Transform {
             report,
             paused: BTreeSet::new(),
             careful: 0,
+            failed: 0,
         })
     }
 
@@ -251,6 +254,9 @@ impl Transform {
         drop(std::mem::replace(&mut self.client, client));
         self.member.leave();
         self.paused.clear();
+        // Where another has this member's id after all, one process gets the
+        // transactional id too, and not each one of the two.
+        self.session.renew();
         Ok(())
     }
 
@@ -321,7 +327,15 @@ impl Transform {
                 // Alone in its transaction: what is refused comes of this message.
                 Some(item) => {
                     let letter = bury(&item, &error, &self.rules);
-                    self.transact(&[letter], &offsets)
+                    let buried = self.transact(&[letter], &offsets);
+                    if buried.as_ref().is_err_and(Error::is_refusal)
+                        && let Some((place, _)) = offsets.first()
+                    {
+                        // Kept rather than lost. The others go on meanwhile.
+                        let until = Instant::now() + UNBURIED;
+                        self.member.held().rest(place, until);
+                    }
+                    buried
                 }
                 None => {
                     self.careful = self.window;
@@ -336,12 +350,17 @@ impl Transform {
                 held.committed(place, *next);
             }
             drop(held);
+            self.failed = 0;
             self.backend.recorder.messages_acked.add(done);
             return Ok(());
         };
         self.check(&error)?;
         tracing::warn!(target: "messaging_hub::kafka", pattern = %self.pattern, %error,
             "a transaction of a transform was not committed; it goes back to the last that was");
+        // Each time all its handlers run again: not as fast as they can.
+        let doubled = PAUSE.saturating_mul(1 << self.failed.min(6));
+        self.failed = self.failed.saturating_add(1);
+        self.pause(doubled.min(LONGEST_PAUSE));
         self.rewind(all)
     }
 
@@ -406,11 +425,11 @@ impl Transform {
 
     /// Whether an error ends the transform.
     fn check(&self, error: &Error) -> Result<(), String> {
-        let ends = self.session.ended().is_some()
-            || matches!(
-                error.code(),
-                ErrorCode::AuthenticationFailed | ErrorCode::InvalidConfig
-            );
+        // While the brokers turn everybody away it waits for them, as all consumers do.
+        let denied =
+            error.code() == ErrorCode::AuthenticationFailed && self.session.reachable().is_ok();
+        let ends =
+            self.session.ended().is_some() || denied || error.code() == ErrorCode::InvalidConfig;
         if ends { Err(error.to_string()) } else { Ok(()) }
     }
 
@@ -471,6 +490,12 @@ const PREPARE: Duration = Duration::from_secs(1);
 
 /// Between two tries of something that failed.
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// After many transactions that were not committed.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// How long a partition rests of which a message can be neither written nor buried.
+const UNBURIED: Duration = Duration::from_secs(10);
 
 /// Handlers that take this long have their partitions paused and rebalances served.
 const PAUSE_AFTER: Duration = Duration::from_secs(1);
