@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use futures_util::{StreamExt, stream};
+
 use super::{
     MessagingHub,
     consume::STREAM_GROUP,
@@ -290,16 +292,22 @@ impl MessagingHub {
 
     /// The depth of every queue of the topology whose broker can say.
     pub async fn queue_depths(&self) -> BTreeMap<String, u64> {
-        let mut depths = BTreeMap::new();
-        for queue in &self.0.topology.queues {
-            let tasks = self.kind_of(&queue.name) == RouteKind::Task;
-            if tasks && let Ok(stats) = self.queue_stats(&queue.name).await {
-                depths.insert(queue.name.clone(), stats.messages_ready);
-            }
-        }
-        depths
+        let queues = self.0.topology.queues.iter().map(|q| q.name.clone());
+        let tasks: Vec<String> = queues
+            .filter(|name| self.kind_of(name) == RouteKind::Task)
+            .collect();
+        let asked = tasks.into_iter().map(|queue| async move {
+            let stats = self.queue_stats(&queue).await.ok()?;
+            Some((queue, stats.messages_ready))
+        });
+        // Several at once: a broker that is slow to answer is not waited for by each.
+        let known: Vec<_> = stream::iter(asked).buffer_unordered(ASKED).collect().await;
+        known.into_iter().flatten().collect()
     }
 }
+
+/// Queues that are asked for at a time.
+const ASKED: usize = 16;
 
 fn unsupported(broker: BrokerType, what: &str) -> Error {
     Error::rejected(

@@ -91,4 +91,4 @@ fn encode(text: &str) -> String {
 }
 
 /// How long the management API may take; it is never waited for longer.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(1);

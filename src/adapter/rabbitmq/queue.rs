@@ -44,8 +44,10 @@ pub(super) async fn look(link: &Link, queue: &str) -> Result<(u64, u64)> {
 /// The state of a queue; what only the management API knows is there when it
 /// answers.
 pub(super) async fn stats(shared: &Shared, link: &Link, queue: &str) -> Result<QueueStats> {
-    let (ready, consumers) = look(link, queue).await?;
-    let figures = management::queue(&shared.config, queue).await;
+    // At once: an API that does not answer is waited for, and no longer than that.
+    let (looked, figures) =
+        tokio::join!(look(link, queue), management::queue(&shared.config, queue));
+    let (ready, consumers) = looked?;
     let unacked = figures.as_ref().and_then(|f| f.messages_unacknowledged);
     Ok(QueueStats {
         name: queue.to_owned(),

@@ -13,7 +13,7 @@ use axum::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{App, lease::parameters, limits, problem::Problem};
+use super::{App, Intake, lease::parameters, limits, problem::Problem};
 use crate::{
     broker::BrokerType,
     dead_letter::{
@@ -108,7 +108,10 @@ pub(super) async fn list(
     let offset = ask.offset.unwrap_or(0);
     let query = ask.query()?;
     let hub = app.hub().clone();
-    let page = whole(async move { hub.dead_letters(&query, offset, limit).await }).await?;
+    let page = whole(None, async move {
+        hub.dead_letters(&query, offset, limit).await
+    })
+    .await?;
     Ok(Json(Page {
         letters: page.letters.into_iter().map(listed).collect(),
         total: page.total,
@@ -124,7 +127,7 @@ pub(super) async fn show(
     Path(id): Path<String>,
 ) -> Result<Json<DeadLetter>, Problem> {
     let (hub, name) = (app.hub().clone(), id.clone());
-    let letter = whole(async move { hub.dead_letter(&name).await }).await?;
+    let letter = whole(None, async move { hub.dead_letter(&name).await }).await?;
     letter.map(Json).ok_or_else(|| unknown(&id))
 }
 
@@ -134,9 +137,9 @@ pub(super) async fn reprocess(
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    let _intake = app.enter()?;
+    let intake = app.enter()?;
     let Nothing {} = parameters(request).await?;
-    again(&app, id, None).await
+    again(&app, id, None, intake).await
 }
 
 /// `POST /v1/dead-letters/{id}/edit`: changes the message and reprocesses it.
@@ -145,7 +148,7 @@ pub(super) async fn edit(
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
-    let _intake = app.enter()?;
+    let intake = app.enter()?;
     let most = limits::envelope_bytes(app.max_message_bytes());
     let body: EditBody = large(request, most).await?;
     let edit = match (body.patch, body.message) {
@@ -157,7 +160,7 @@ pub(super) async fn edit(
             ));
         }
     };
-    again(&app, id, Some(edit?)).await
+    again(&app, id, Some(edit?), intake).await
 }
 
 /// `POST /v1/dead-letters/reprocess`: all that a query means.
@@ -165,7 +168,7 @@ pub(super) async fn reprocess_all(
     State(app): State<App>,
     request: Request,
 ) -> Result<Response, Problem> {
-    let _intake = app.enter()?;
+    let intake = app.enter()?;
     let ask: Ask = parameters(request).await?;
     if ask.offset.is_some() {
         return Err(Problem::parameter(
@@ -180,7 +183,10 @@ pub(super) async fn reprocess_all(
         ));
     }
     let hub = app.hub().clone();
-    let many = whole(async move { hub.reprocess_dead_letters(&query, limit).await }).await?;
+    let many = whole(Some(intake), async move {
+        hub.reprocess_dead_letters(&query, limit).await
+    })
+    .await?;
     let mut results = Vec::with_capacity(many.results.len());
     for result in many.results {
         results.push(described(result)?);
@@ -199,10 +205,13 @@ pub(super) async fn discard(
     Path(id): Path<String>,
     request: Request,
 ) -> Result<Json<Value>, Problem> {
-    let _intake = app.enter()?;
+    let intake = app.enter()?;
     let body: Discard = parameters(request).await?;
     let (hub, name) = (app.hub().clone(), id.clone());
-    let letter = whole(async move { hub.discard_dead_letter(&name, &body.reason).await }).await?;
+    let letter = whole(Some(intake), async move {
+        hub.discard_dead_letter(&name, &body.reason).await
+    })
+    .await?;
     let letter = letter.ok_or_else(|| unknown(&id))?;
     json(&listed(letter)).map(Json)
 }
@@ -212,7 +221,7 @@ pub(super) async fn purge(
     State(app): State<App>,
     request: Request,
 ) -> Result<Json<Purged>, Problem> {
-    let _intake = app.enter()?;
+    let intake = app.enter()?;
     let ask: Ask = parameters(request).await?;
     if ask.limit.is_some() || ask.offset.is_some() {
         return Err(Problem::parameter(
@@ -221,14 +230,25 @@ pub(super) async fn purge(
     }
     let query = ask.query()?;
     let hub = app.hub().clone();
-    whole(async move { hub.purge_dead_letters(&query).await })
-        .await
-        .map(Json)
+    whole(
+        Some(intake),
+        async move { hub.purge_dead_letters(&query).await },
+    )
+    .await
+    .map(Json)
 }
 
-async fn again(app: &App, id: String, edit: Option<Edit>) -> Result<Response, Problem> {
+async fn again(
+    app: &App,
+    id: String,
+    edit: Option<Edit>,
+    intake: Intake,
+) -> Result<Response, Problem> {
     let (hub, name): (MessagingHub, _) = (app.hub().clone(), id.clone());
-    let done = whole(async move { hub.reprocess_dead_letter(&name, edit.as_ref()).await }).await?;
+    let done = whole(Some(intake), async move {
+        hub.reprocess_dead_letter(&name, edit.as_ref()).await
+    })
+    .await?;
     let done = done.ok_or_else(|| unknown(&id))?;
     // 202 as for a publish whose copy is not at its broker yet.
     let status = match &done {
@@ -289,11 +309,16 @@ fn json(value: &impl Serialize) -> Result<Value, Problem> {
     })
 }
 
-/// Finishes what was begun also when the client goes away: half of it would be a
-/// copy that was published and a letter that is still open.
+/// Finishes what was begun also when the client goes away, or the hub closes: half of
+/// it would be a copy that was published and a letter that is still open.
 async fn whole<T: Send + 'static>(
+    intake: Option<Intake>,
     work: impl Future<Output = HubResult<T>> + Send + 'static,
 ) -> Result<T, Problem> {
+    let work = async move {
+        let _intake = intake;
+        work.await
+    };
     tokio::spawn(work)
         .await
         .map_err(|e| {

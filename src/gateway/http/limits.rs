@@ -44,6 +44,16 @@ pub(super) const STREAM_BUFFER: usize = 64;
 /// the socket (`ack=auto`).
 pub(super) const STREAM_MAX_UNCOMMITTED: usize = 10_000;
 
+/// Bytes of events that may be handed out and not committed; one event more than
+/// that, for it is not known before how large it is.
+pub(super) const STREAM_MAX_HELD: usize = 64 * 1024 * 1024;
+
+/// Bytes of a stream that may wait for the socket, and one event more.
+pub(super) const STREAM_MAX_BYTES: usize = 16 * 1024 * 1024;
+
+/// A client that takes nothing of what is there for it for so long is gone.
+pub(super) const STREAM_STANDSTILL: Duration = Duration::from_secs(300);
+
 /// Streams with `ack=cursor` that are open at once.
 pub(super) const MAX_STREAMS: usize = 2048;
 

@@ -4,6 +4,8 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use futures_util::{StreamExt, stream};
+
 use super::{
     App,
     cursor::{Cursor, Positions},
@@ -24,8 +26,14 @@ pub(super) enum End {
 /// asked for now; topics that cannot be found are left out.
 pub(super) async fn of(app: &App, pattern: &Pattern, end: End) -> Positions {
     let mut out = Positions::new();
-    for topic in topics(app, pattern).await {
-        match app.hub().topic_metadata(&topic).await {
+    let topics = topics(app, pattern).await;
+    // Several at once: a cluster that does not answer is not waited for by each.
+    let asked = topics
+        .into_iter()
+        .map(|topic| async move { (app.hub().topic_metadata(&topic).await, topic) });
+    let mut asked = stream::iter(asked).buffer_unordered(ASKED);
+    while let Some((found, topic)) = asked.next().await {
+        match found {
             Ok(found) => out.extend(found.partitions.iter().map(|p| {
                 let at = match end {
                     End::Oldest => p.low_watermark,
@@ -121,6 +129,9 @@ impl Primaries {
         primary.is_none_or(|p| p == via)
     }
 }
+
+/// Topics that are asked for at a time.
+const ASKED: usize = 16;
 
 /// Topics whose primary is remembered.
 const MAX_KNOWN: usize = 10_000;

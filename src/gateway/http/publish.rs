@@ -239,8 +239,9 @@ pub(super) fn answer(outcome: Option<HubResult<Receipt>>, topic: &str, id: &str)
 
 fn status_of(receipt: &Receipt) -> StatusCode {
     match receipt.outcome {
-        Outcome::Delivered { .. } => StatusCode::OK,
-        Outcome::Spooled { .. } | Outcome::Sent { .. } => StatusCode::ACCEPTED,
+        // Sent: the broker has it, and was not asked to confirm it.
+        Outcome::Delivered { .. } | Outcome::Sent { .. } => StatusCode::OK,
+        Outcome::Spooled { .. } => StatusCode::ACCEPTED,
     }
 }
 

@@ -15,7 +15,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::stream;
 use serde::{Deserialize, Serialize};
 
-use super::{App, lease::parameters, limits, problem::Problem};
+use super::{App, Intake, lease::parameters, limits, problem::Problem};
 use crate::{
     error::{Error, ErrorCode},
     hub::{
@@ -250,7 +250,7 @@ pub(super) async fn resume(
 /// `POST /v1/spool/adopt`: moves the spool in a data folder of this machine into
 /// this hub, and answers when it is done.
 pub(super) async fn adopt(State(app): State<App>, request: Request) -> Result<Response, Problem> {
-    let _intake = app.enter()?;
+    let intake = app.enter()?;
     let ask: Adopt = parameters(request).await?;
     if !std::path::Path::new(&ask.dir).is_absolute() {
         return Err(Problem::parameter(format!(
@@ -258,14 +258,17 @@ pub(super) async fn adopt(State(app): State<App>, request: Request) -> Result<Re
             ask.dir
         )));
     }
-    adopt_from(&app, ask.dir).await
+    adopt_from(&app, ask.dir, intake).await
 }
 
 #[cfg(feature = "journal")]
-async fn adopt_from(app: &App, dir: String) -> Result<Response, Problem> {
+async fn adopt_from(app: &App, dir: String, intake: Intake) -> Result<Response, Problem> {
     let hub = app.hub().clone();
-    // A client that goes away does not leave it half done.
-    let moving = tokio::spawn(async move { hub.adopt_spool(std::path::Path::new(&dir)).await });
+    // A client that goes away does not leave it half done, nor does a shutdown.
+    let moving = tokio::spawn(async move {
+        let _intake = intake;
+        hub.adopt_spool(std::path::Path::new(&dir)).await
+    });
     let adopted = moving
         .await
         .map_err(|e| {
@@ -278,7 +281,7 @@ async fn adopt_from(app: &App, dir: String) -> Result<Response, Problem> {
 }
 
 #[cfg(not(feature = "journal"))]
-async fn adopt_from(_app: &App, _dir: String) -> Result<Response, Problem> {
+async fn adopt_from(_app: &App, _dir: String, _intake: Intake) -> Result<Response, Problem> {
     Err(Problem::parameter(
         "this program was built without the feature `journal`; it reads no data folder",
     ))

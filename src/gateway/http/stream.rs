@@ -153,7 +153,11 @@ pub(super) async fn stream(
         sent: 0,
         cursor,
         unacked: VecDeque::new(),
+        held: 0,
         written: VecDeque::new(),
+        sizes: VecDeque::new(),
+        unflushed: 0,
+        moved: Instant::now(),
         waiting: VecDeque::new(),
         commits,
         frames,
@@ -303,9 +307,16 @@ struct Pump {
     cursor: Cursor,
     /// Given out and not settled, with their count.
     unacked: VecDeque<(u64, Delivery)>,
+    /// Bytes of those.
+    held: usize,
     /// For each frame that is not known to be flushed: its number and the
     /// count of its last delivery.
     written: VecDeque<(u64, u64)>,
+    /// The bytes of each frame that is not known to be flushed, and of all of them.
+    sizes: VecDeque<(u64, usize)>,
+    unflushed: usize,
+    /// When something was flushed last, or nothing was left to be.
+    moved: Instant,
     /// Received and not given out.
     waiting: VecDeque<Delivery>,
     commits: Option<mpsc::Receiver<Commit>>,
@@ -322,8 +333,10 @@ impl Pump {
         let mut heartbeat = interval_at(Instant::now() + limits::HEARTBEAT, limits::HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let room =
-                self.waiting.is_empty() && self.unacked.len() < limits::STREAM_MAX_UNCOMMITTED;
+            let room = self.waiting.is_empty()
+                && self.unacked.len() < limits::STREAM_MAX_UNCOMMITTED
+                && self.held < limits::STREAM_MAX_HELD;
+            let writes = !self.waiting.is_empty() && self.unflushed < limits::STREAM_MAX_BYTES;
             tokio::select! {
                 biased;
                 () = app.closing().cancelled() => break,
@@ -336,7 +349,7 @@ impl Pump {
                     self.settle_flushed();
                 }
                 commit = next_commit(&mut self.commits) => self.hand_over(commit),
-                permit = self.frames.clone().reserve_owned(), if !self.waiting.is_empty() => {
+                permit = self.frames.clone().reserve_owned(), if writes => {
                     let Ok(permit) = permit else { break };
                     let frame = self.frame(app.hub());
                     permit.send(frame);
@@ -348,9 +361,15 @@ impl Pump {
                         break;
                     }
                 },
-                _ = heartbeat.tick(), if self.waiting.is_empty() => {
+                _ = heartbeat.tick() => {
+                    if self.unflushed > 0 && self.moved.elapsed() >= limits::STREAM_STANDSTILL {
+                        // Its partitions are of more use to another member.
+                        tracing::warn!(stream = self.cursor.stream, "a stream was ended: its client reads nothing");
+                        break;
+                    }
                     // A full body has no need of a sign of life.
-                    if self.frames.try_send(Bytes::from_static(b": alive\n\n")).is_ok() {
+                    if self.waiting.is_empty()
+                        && self.frames.try_send(Bytes::from_static(b": alive\n\n")).is_ok() {
                         self.sent += 1;
                     }
                 }
@@ -383,9 +402,15 @@ impl Pump {
             // A message always has a JSON form, on one line.
             let _ = serde_json::to_writer((&mut out).writer(), received.message.as_ref());
             out.put_slice(b"\n\n");
+            self.held += delivery.message.size();
             self.unacked.push_back((self.cursor.given, delivery));
         }
         self.sent += 1;
+        if self.unflushed == 0 {
+            self.moved = Instant::now();
+        }
+        self.unflushed += out.len();
+        self.sizes.push_back((self.sent, out.len()));
         if self.commits.is_none() {
             self.written.push_back((self.sent, self.cursor.given));
         }
@@ -401,6 +426,14 @@ impl Pump {
     /// Acks what was written to the socket (`ack=auto`).
     fn settle_flushed(&mut self) {
         let flushed = self.flushed.borrow_and_update().saturating_sub(self.base);
+        while let Some((frame, bytes)) = self.sizes.front().copied() {
+            if frame > flushed {
+                break;
+            }
+            self.sizes.pop_front();
+            self.unflushed -= bytes;
+            self.moved = Instant::now();
+        }
         let mut upto = None;
         while let Some((frame, last)) = self.written.front() {
             if *frame > flushed {
@@ -427,7 +460,9 @@ impl Pump {
 
     fn take(&mut self, upto: u64) -> Vec<Delivery> {
         let count = self.unacked.partition_point(|(n, _)| *n <= upto);
-        self.unacked.drain(..count).map(|(_, d)| d).collect()
+        let taken: Vec<_> = self.unacked.drain(..count).map(|(_, d)| d).collect();
+        self.held -= taken.iter().map(|d| d.message.size()).sum::<usize>();
+        taken
     }
 
     /// Tells the client why the stream ends by itself.
