@@ -331,9 +331,14 @@ impl Edit {
             let headers = patch
                 .entry("headers")
                 .or_insert_with(|| Value::Object(Map::new()));
-            if let Some(headers) = headers.as_object_mut() {
-                headers.insert(name.to_owned(), value);
-            }
+            headers
+                .as_object_mut()
+                .ok_or_else(|| {
+                    Failure::usage(
+                        "headers in --patch is no object, so --header has no place in it",
+                    )
+                })?
+                .insert(name.to_owned(), value);
         }
         if patch.is_empty() {
             return Err(Failure::usage(

@@ -54,6 +54,7 @@ impl Serve {
             ));
         }
         let mut config = load(self.config.as_deref())?;
+        let given = self.http.is_some();
         if let Some(http) = self.http {
             config.server.http = http;
         }
@@ -68,7 +69,12 @@ impl Serve {
         };
         let log = start_log(&config.log)?;
         let options = HttpOptions {
-            address: resolve(&config.server.http).await?,
+            address: resolve(&config.server.http)
+                .await
+                .map_err(|e| match given {
+                    true => Failure::usage(e.message),
+                    false => e,
+                })?,
             token: target.token.clone().filter(|t| !t.is_empty()),
             allowed_hosts: config.server.allowed_hosts.clone(),
             allowed_origins: config.server.allowed_origins.clone(),

@@ -176,7 +176,7 @@ fn set(
             Ok(())
         }
         Effect::Refused(why) => Err(why),
-        Effect::Alternative(_) | Effect::Switch => Ok(()),
+        Effect::Alternative(_) | Effect::Switch | Effect::CommandLine => Ok(()),
     }
 }
 

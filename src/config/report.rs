@@ -62,12 +62,13 @@ impl MessagingConfig {
             Some(k) => line(&mut out, "kafka", &k.brokers.join(", ")),
             None => line(&mut out, "kafka", "not used"),
         }
-        let fallback = if self.fallback.enabled {
-            "in memory"
-        } else {
-            "off"
+        let alone = self.active_rabbitmq().is_none() && self.active_kafka().is_none();
+        let embedded = match self.journal_dir() {
+            _ if !self.fallback.enabled && !alone => "off".to_owned(),
+            Some(dir) => format!("journal in {}", dir.display()),
+            None => "in memory".to_owned(),
         };
-        line(&mut out, "embedded", fallback);
+        line(&mut out, "embedded", &embedded);
         let _ = writeln!(
             out,
             "http: {}\nlargest message: {} bytes\ntopology: {} queues, {} topics",

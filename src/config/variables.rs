@@ -49,6 +49,8 @@ pub(super) enum Effect {
     Switch,
     /// Asks for what this version does not have.
     Refused(&'static str),
+    /// Read where the command line is.
+    CommandLine,
 }
 
 pub(super) type Expected = Result<(), &'static str>;
@@ -262,6 +264,11 @@ pub const VARIABLES: &[Variable] = &[
         |k, v| { sasl(k).username = v.to_owned(); Ok(()) }),
     kafka("KAFKA_SASL_PASSWORD", "", "SASL password",
         |k, v| { sasl(k).password = Secret::new(v); Ok(()) }),
+
+    other("MESSAGING_HTTP_TOKEN", "", "token that HTTP asks for, and that the other commands give (or --http-token)",
+        Effect::CommandLine),
+    other("MESSAGING_URL", "", "the running hub that the other commands talk to (or --url); http://127.0.0.1:8090 if unset",
+        Effect::CommandLine),
 
     other("MESSAGING_TCP_ADDR", "", "refused: address of the TCP gateway", Effect::Refused(NO_TCP)),
     other("TCP_PORT", "", "refused: port of the TCP gateway", Effect::Refused(NO_TCP)),
