@@ -28,6 +28,9 @@ pub use timestamp::Timestamp;
 /// User metadata: lower-case names, text values, ordered by name.
 pub type Headers = BTreeMap<String, String>;
 
+/// Bytes that a message may always have beside its payload.
+const MIN_BESIDE: usize = 64 * 1024;
+
 /// Names beginning with this belong to the hub and are refused from users.
 pub const RESERVED_HEADER_PREFIX: &str = "hub-";
 
@@ -139,14 +142,21 @@ pub enum MessageState {
 
 impl Default for Message {
     fn default() -> Self {
+        Self::bare(MessageId::generate(), Timestamp::now())
+    }
+}
+
+impl Message {
+    /// An empty message; whoever has an id for it makes none first.
+    pub(crate) fn bare(id: MessageId, timestamp: Timestamp) -> Self {
         Self {
-            id: MessageId::generate(),
+            id,
             kind: String::new(),
             payload: Bytes::new(),
             content_type: None,
             content_encoding: None,
             headers: Headers::new(),
-            timestamp: Timestamp::now(),
+            timestamp,
             priority: Priority::NORMAL,
             key: None,
             retry_count: 0,
@@ -166,9 +176,7 @@ impl Default for Message {
             event: None,
         }
     }
-}
 
-impl Message {
     /// Retries of a message that says nothing.
     pub const DEFAULT_MAX_RETRIES: u32 = 3;
 
@@ -325,18 +333,37 @@ impl Message {
         self.delivery_mode == DeliveryMode::Persistent
     }
 
-    /// Bytes that it takes, roughly: payload, headers, id, type and key.
+    /// Bytes that it takes, roughly: everything in it that has no fixed size.
     #[must_use]
     pub fn size(&self) -> usize {
+        let pairs = |map: &BTreeMap<String, String>| -> usize {
+            map.iter().map(|(k, v)| k.len() + v.len()).sum()
+        };
+        let texts = [
+            &self.content_type,
+            &self.content_encoding,
+            &self.trace_id,
+            &self.correlation_id,
+            &self.reply_to,
+            &self.error,
+            &self.topic,
+        ];
+        let texts = texts.into_iter().flatten().map(String::len).sum::<usize>();
+        let optional = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let task = self.task.as_ref().map_or(0, |t| {
+            optional(&t.worker_id) + optional(&t.parent_task_id) + pairs(&t.metadata)
+        });
+        let event = self.event.as_ref().map_or(0, |e| {
+            e.source.len() + optional(&e.subject) + optional(&e.data_schema) + pairs(&e.extensions)
+        });
         self.payload.len()
             + self.kind.len()
             + self.id.as_str().len()
             + self.key.as_ref().map_or(0, |k| k.as_bytes().len())
-            + self
-                .headers
-                .iter()
-                .map(|(k, v)| k.len() + v.len())
-                .sum::<usize>()
+            + pairs(&self.headers)
+            + texts
+            + task
+            + event
     }
 
     /// Checks what every entrance must check before accepting a message.
@@ -355,6 +382,18 @@ impl Message {
                     "the payload has {} bytes, the limit max_message_bytes is {max_message_bytes}",
                     self.payload.len()
                 ),
+            )
+            .with_id(self.id.as_str()));
+        }
+        // Ids, headers and attributes have some room however small payloads must be.
+        let (beside, most) = (
+            self.size() - self.payload.len(),
+            max_message_bytes.max(MIN_BESIDE),
+        );
+        if beside > most {
+            return Err(Error::rejected(
+                ErrorCode::MessageTooLarge,
+                format!("what stands beside the payload has {beside} bytes, at most {most} fit"),
             )
             .with_id(self.id.as_str()));
         }
