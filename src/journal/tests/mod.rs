@@ -1,6 +1,7 @@
 //! A journal on a disk that fails as told, stepped by hand, and a model of what
 //! it must hold.
 
+mod compact;
 mod crashes;
 mod damage;
 mod disk;
