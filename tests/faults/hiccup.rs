@@ -69,11 +69,18 @@ impl Hiccups {
         (worst(&self.late), worst(&self.syncs))
     }
 
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        for task in self.tasks {
+        for task in std::mem::take(&mut self.tasks) {
             task.await.expect("a meter does not panic");
         }
+    }
+}
+
+impl Drop for Hiccups {
+    /// A run that failed would wait for its meters for ever.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 
