@@ -19,7 +19,10 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 
 use super::{
     MessagingHub,
@@ -266,7 +269,7 @@ impl LongRunning {
         let mut kept_open = true;
         let mut state = self.feed.as_ref().map(|f| f.control.watch());
         let mut failure = None;
-        let mut look = tokio::time::interval(LOOK);
+        let mut look = tokio::time::interval_at(Instant::now() + LOOK, LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             if let Some(state) = &mut state
@@ -349,7 +352,7 @@ impl LongRunning {
         batch.into_iter().map(wrap).collect()
     }
 
-    /// Counts what is here anew.
+    /// No more is here than the queue has in all, other readers' tasks included.
     async fn look(&mut self) {
         let Some(queues) = self.embedded.task_queue() else {
             return;
@@ -357,10 +360,12 @@ impl LongRunning {
         let Ok(stats) = queues.queue_stats(&self.queue).await else {
             return;
         };
-        let ready = usize::try_from(stats.messages_ready).unwrap_or(usize::MAX);
-        let now = ready.saturating_add(self.relay.len() + self.moving.len());
+        let Some(unacked) = stats.messages_unacked else {
+            return;
+        };
+        let all = usize::try_from(stats.messages_ready + unacked).unwrap_or(usize::MAX);
         if let Way::HandOver { here, .. } = &mut self.way {
-            *here = now;
+            *here = all.saturating_add(self.moving.len()).min(*here);
         }
     }
 

@@ -49,11 +49,6 @@ impl<N> Relay<N> {
         self.held.remove(&tag)
     }
 
-    /// How many readers hold.
-    pub(super) fn len(&self) -> usize {
-        self.held.len()
-    }
-
     /// Whether readers hold nothing.
     pub(super) fn is_empty(&self) -> bool {
         self.held.is_empty()
