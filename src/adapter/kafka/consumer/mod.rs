@@ -37,6 +37,7 @@ use super::{
     broker::Backend,
     client::{self, clamp_ms},
     error::{failed, invalid},
+    record,
 };
 use crate::{
     broker::{Consumer, ConsumerControl, OffsetReset, RetryMode, Source, SubscribeOptions},
@@ -62,6 +63,8 @@ pub(super) struct Consumers {
 #[derive(Debug)]
 struct Running {
     group: Option<String>,
+    /// Its `group.instance.id`.
+    instance: Option<String>,
     core: Arc<Core>,
     stopping: CancellationToken,
     thread: JoinHandle<()>,
@@ -80,7 +83,10 @@ impl Consumers {
     ) -> Result<Consumer> {
         let plan = Plan::new(backend, source, options)?;
         let (control, stopping, report) = ConsumerControl::new();
-        let instance = self.instance_id(backend, options, plan.group.as_deref());
+        // Held until this one is among them: no id is given twice.
+        let mut running = self.running();
+        running.retain(|r| !r.thread.is_finished());
+        let instance = instance_id(&running, backend, options, plan.group.as_deref());
         let settings = plan.settings(backend, options, instance.as_deref())?;
         let core = Arc::new(Core::new(
             Arc::clone(&backend.link),
@@ -116,6 +122,7 @@ impl Consumers {
             stopping: stopping.clone(),
             report,
             assigned: HashSet::new(),
+            topics: record::Topics::default(),
             missing_since: None,
             ends: Ends::new(options.stream.until.as_ref()),
         };
@@ -124,10 +131,9 @@ impl Consumers {
             .spawn(move || reader.run())
             .map_err(|e| invalid("the system gives no thread for a consumer").caused_by(e))?;
         self.tasks.spawn(hand_out.run());
-        let mut running = self.running();
-        running.retain(|r| !r.thread.is_finished());
         running.push(Running {
             group: plan.group,
+            instance,
             core,
             stopping,
             thread,
@@ -201,35 +207,33 @@ impl Consumers {
         self.tasks.wait().await;
     }
 
-    /// Static membership. An id of the configuration serves every consumer of
-    /// the process, so the second of a group gets a number of its own: two
-    /// members of one id would fence each other.
-    fn instance_id(
-        &self,
-        backend: &Backend,
-        options: &SubscribeOptions,
-        group: Option<&str>,
-    ) -> Option<String> {
-        if let Some(id) = &options.group_instance_id {
-            return Some(id.clone());
-        }
-        let id = backend.config.group_instance_id.as_ref()?;
-        let before = self
-            .running()
-            .iter()
-            .filter(|r| r.group.as_deref() == group && !r.thread.is_finished())
-            .count();
-        Some(if before == 0 {
-            id.clone()
-        } else {
-            format!("{id}-{before}")
-        })
-    }
-
     fn running(&self) -> std::sync::MutexGuard<'_, Vec<Running>> {
         // Nothing under this lock can stop half-way.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Static membership. An id of the configuration serves every consumer of the process,
+/// so the second of a group gets a number of its own: two members of one id would
+/// fence each other.
+fn instance_id(
+    running: &[Running],
+    backend: &Backend,
+    options: &SubscribeOptions,
+    group: Option<&str>,
+) -> Option<String> {
+    if let Some(id) = &options.group_instance_id {
+        return Some(id.clone());
+    }
+    let id = backend.config.group_instance_id.as_ref()?;
+    let is_free = |wanted: &String| {
+        running
+            .iter()
+            .all(|r| r.group.as_deref() != group || r.instance.as_ref() != Some(wanted))
+    };
+    let numbered = (1..=running.len()).map(|n| format!("{id}-{n}"));
+    // Of so many names one more than there are members, one is free.
+    std::iter::once(id.clone()).chain(numbered).find(is_free)
 }
 
 /// What options come to.
