@@ -15,7 +15,7 @@ use super::{
     broker::Backend,
     client,
     connection::Asker,
-    consumer::{Command, resolve, steady},
+    consumer::{Command, TopicPartition, resolve, steady},
     error::{failed, raw_code},
     link::LinkContext,
 };
@@ -25,7 +25,7 @@ use crate::{
     topic::{Pattern, Topic},
 };
 
-type Offsets = Vec<((String, i32), i64)>;
+type Offsets = Vec<(TopicPartition, i64)>;
 
 /// Gives a group a position in every partition that a pattern covers now.
 pub(super) async fn create(
@@ -39,7 +39,7 @@ pub(super) async fn create(
         if pattern.matches(&topic)
             && let Some(facts) = backend.admin.facts(&topic).await?
         {
-            partitions.extend((0..facts.partitions).map(|p| (topic.as_str().to_owned(), p)));
+            partitions.extend((0..facts.partitions).map(|p| (topic.as_str().into(), p)));
         }
     }
     if partitions.is_empty() {
@@ -73,7 +73,7 @@ pub(super) async fn seek(
         }
         None => 0..facts.partitions,
     };
-    let partitions = range.map(|p| (topic.as_str().to_owned(), p)).collect();
+    let partitions = range.map(|p| (topic.as_str().into(), p)).collect();
     let offsets = positions(backend, partitions, to).await?;
     inside_then_outside(backend, group, offsets, Command::Seek).await
 }
@@ -90,7 +90,7 @@ pub(super) async fn locate(
             .at(BrokerType::Kafka)
             .on(topic.as_str())
     })?;
-    let partitions = (0..facts.partitions).map(|p| (topic.as_str().to_owned(), p));
+    let partitions = (0..facts.partitions).map(|p| (topic.as_str().into(), p));
     let found = positions(backend, partitions.collect(), at).await?;
     Ok(found
         .into_iter()
@@ -109,7 +109,7 @@ pub(super) async fn commit(
     if next < 0 {
         return Err(super::error::invalid("an offset must not be negative").on(topic.as_str()));
     }
-    let offsets = vec![((topic.as_str().to_owned(), partition), next)];
+    let offsets = vec![((topic.as_str().into(), partition), next)];
     inside_then_outside(backend, group, offsets, Command::Commit).await
 }
 
@@ -142,7 +142,7 @@ pub(super) async fn committed(
 
 async fn positions(
     backend: &Arc<Backend>,
-    partitions: Vec<(String, i32)>,
+    partitions: Vec<TopicPartition>,
     to: SeekTo,
 ) -> Result<Offsets> {
     backend
@@ -180,7 +180,7 @@ async fn commit_outside(backend: &Arc<Backend>, group: &str, offsets: Offsets) -
         let mut list = TopicPartitionList::with_capacity(offsets.len());
         for ((topic, partition), offset) in &offsets {
             list.add_partition_offset(topic, *partition, Offset::Offset(*offset))
-                .map_err(|e| failed(ErrorCode::InvalidConfig, "an offset to commit", e).on(topic.as_str()))?;
+                .map_err(|e| failed(ErrorCode::InvalidConfig, "an offset to commit", e).on(&**topic))?;
         }
         steady(|| client.commit(&list, CommitMode::Sync)).map_err(|e| match raw_code(&e) {
             Some(Code::UnknownMemberId | Code::IllegalGeneration | Code::RebalanceInProgress) => failed(

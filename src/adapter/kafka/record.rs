@@ -1,5 +1,7 @@
 //! A message as a Kafka record and back, by the wire mapping. No I/O.
 
+use std::collections::HashSet;
+
 use rdkafka::message::{BorrowedMessage, Header, Headers, Message as _, OwnedHeaders};
 
 use super::partitioner::Partitioner;
@@ -84,24 +86,49 @@ fn headers(message: &Message, topic: &str, marks: &Marks) -> Result<(OwnedHeader
     Ok((out, bytes))
 }
 
-/// A record as a message, with the hub's marks. `None` when the topic's name is
-/// none of ours (Kafka's own topics have such names).
-pub(super) fn decode(record: &BorrowedMessage<'_>) -> Option<(Topic, Message, Marks)> {
-    let topic = Topic::new(record.topic()).ok()?;
-    let (partition, offset) = (record.partition(), record.offset());
-    let mut message = Message::default();
-    // Stands in for an id that foreign producers do not write; it is the same
-    // at each delivery, so that repeats are known.
-    if let Ok(id) = MessageId::new(foreign_id(&topic, partition, offset)) {
-        message.id = id;
+/// The topics that a reader meets, each checked and kept once.
+#[derive(Debug, Default)]
+pub(super) struct Topics(HashSet<Topic>);
+
+impl Topics {
+    /// `None` when the name is none of ours (Kafka's own topics have such names).
+    fn named(&mut self, name: &str) -> Option<Topic> {
+        if let Some(known) = self.0.get(name) {
+            return Some(known.clone());
+        }
+        let topic = Topic::new(name).ok()?;
+        self.0.insert(topic.clone());
+        Some(topic)
     }
+}
+
+/// A record as a message, with the hub's marks. `None` when it is of none of our
+/// topics.
+pub(super) fn decode(
+    record: &BorrowedMessage<'_>,
+    topics: &mut Topics,
+) -> Option<(Topic, Message, Marks)> {
+    let topic = topics.named(record.topic())?;
+    let (partition, offset) = (record.partition(), record.offset());
+    let headers = record.headers();
+    let own = headers.and_then(|all| {
+        let id = all.iter().find(|h| h.key == wire::names::ID)?.value?;
+        MessageId::new(std::str::from_utf8(id).ok()?).ok()
+    });
+    // Stands in for an id that foreign producers do not write; it is the same at
+    // each delivery, so that repeats are known.
+    let id = own
+        .or_else(|| MessageId::new(foreign_id(&topic, partition, offset)).ok())
+        .unwrap_or_else(MessageId::generate);
+    let timestamp = match record.timestamp().to_millis() {
+        Some(ms) => Timestamp::from_millis(ms),
+        None => Timestamp::now(),
+    };
+    let mut message = Message::bare(id, timestamp);
     message.payload = bytes::Bytes::copy_from_slice(record.payload().unwrap_or_default());
     message.key = record.key().map(|k| k.to_vec().into());
-    if let Some(ms) = record.timestamp().to_millis() {
-        message.timestamp = Timestamp::from_millis(ms);
-    }
     let mut marks = Marks::default();
-    if let Some(headers) = record.headers() {
+    if let Some(headers) = headers {
         let pairs = headers.iter().map(|h| (h.key, h.value.unwrap_or_default()));
         marks = wire::decode(&mut message, pairs, Carrier::Kafka);
     }

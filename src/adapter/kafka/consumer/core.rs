@@ -212,7 +212,7 @@ impl ConsumerContext for Context {
 pub(in crate::adapter::kafka) fn names(list: &TopicPartitionList) -> Vec<TopicPartition> {
     list.elements()
         .iter()
-        .map(|e| (e.topic().to_owned(), e.partition()))
+        .map(|e| (e.topic().into(), e.partition()))
         .collect()
 }
 

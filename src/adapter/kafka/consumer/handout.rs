@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     core::Core,
-    state::{Held, Settled},
+    state::{Held, Settled, State},
 };
 use crate::{
     adapter::kafka::broker::Backend,
@@ -62,10 +62,16 @@ impl HandOut {
             tokio::select! {
                 biased;
                 Some(settlement) = settlements.recv() => {
-                    self.settle(settlement, &mut later);
-                    while let Ok(more) = settlements.try_recv() {
-                        self.settle(more, &mut later);
+                    // As many at a time as hold the polling thread up for no time.
+                    let mut state = self.core.state();
+                    self.settle(&mut state, settlement, &mut later);
+                    for _ in 1..SETTLED_AT_ONCE {
+                        let Ok(more) = settlements.try_recv() else {
+                            break;
+                        };
+                        self.settle(&mut state, more, &mut later);
                     }
+                    drop(state);
                     self.core.wake();
                 }
                 Some(done) = later.next(), if !later.is_empty() => {
@@ -111,15 +117,12 @@ impl HandOut {
         batch
     }
 
-    fn settle(&self, settlement: Settlement, later: &mut Laters) {
+    fn settle(&self, state: &mut State, settlement: Settlement, later: &mut Laters) {
         let Settlement { tag, verdict, done } = settlement;
         let recorder = &self.backend.recorder;
-        let mut state = self.core.state();
-        let held = state.current(tag).cloned();
-        let Some(held) = held else {
+        let Some(held) = state.current(tag) else {
             // Stale, and gone from the books either way.
             state.finish(tag);
-            drop(state);
             return answer(done, Err(stale()));
         };
         match verdict {
@@ -128,18 +131,15 @@ impl HandOut {
                 if let Settled::Done(Some((tp, next))) = settled {
                     state.note(tp, next);
                 }
-                drop(state);
                 recorder.messages_acked.inc();
                 answer(done, Ok(()));
             }
             Verdict::Requeue => {
                 state.give_back(tag, redelivered);
-                drop(state);
                 recorder.messages_nacked.inc();
                 answer(done, Ok(()));
             }
             Verdict::Retry { delay, failure } => {
-                drop(state);
                 let delay = delay.min(LONGEST_REST);
                 later.push(Box::pin(async move {
                     tokio::time::sleep(delay).await;
@@ -148,10 +148,10 @@ impl HandOut {
                 answer(done, Ok(()));
             }
             Verdict::DeadLetter { failure } => {
-                drop(state);
+                let received = held.received.clone();
                 let backend = Arc::clone(&self.backend);
                 later.push(Box::pin(async move {
-                    let sent = backend.dead_letter(&held.received, failure).await;
+                    let sent = backend.dead_letter(&received, failure).await;
                     Later::DeadLetter(tag, sent, done)
                 }));
             }
@@ -229,6 +229,9 @@ async fn room(
         None => None,
     }
 }
+
+/// Settled under one lock.
+const SETTLED_AT_ONCE: usize = 256;
 
 /// A rest in memory holds its partition's offset, so it is not a place for
 /// long delays.

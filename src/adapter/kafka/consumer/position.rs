@@ -82,7 +82,7 @@ pub(in crate::adapter::kafka) fn resolve<C: ConsumerContext>(
     let mut resolved = Vec::with_capacity(partitions.len());
     let mut newer = Vec::new();
     for element in found.elements() {
-        let tp = (element.topic().to_owned(), element.partition());
+        let tp: TopicPartition = (element.topic().into(), element.partition());
         match element.offset() {
             Offset::Offset(offset) => resolved.push((tp, offset)),
             // Nothing is that new: behind the newest.
@@ -104,7 +104,7 @@ pub(in crate::adapter::kafka) fn committed<C: ConsumerContext>(
     let found = steady(|| client.committed_offsets(bare_list(partitions), LOOKUP))?;
     let (mut known, mut unknown) = (Vec::new(), Vec::new());
     for element in found.elements() {
-        let tp = (element.topic().to_owned(), element.partition());
+        let tp: TopicPartition = (element.topic().into(), element.partition());
         match element.offset() {
             Offset::Offset(offset) => known.push((tp, offset)),
             _ => unknown.push(tp),

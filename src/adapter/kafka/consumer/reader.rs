@@ -52,6 +52,7 @@ pub(super) struct Reader {
     pub(super) stopping: CancellationToken,
     pub(super) report: watch::Sender<ConsumerState>,
     pub(super) assigned: HashSet<TopicPartition>,
+    pub(super) topics: record::Topics,
     /// How far it reads.
     pub(super) ends: Ends,
     /// Since when the cluster says that it has no such topic; only a reader with an
@@ -148,11 +149,10 @@ impl Reader {
                     if !self.ends.admits(message.partition(), message.offset()) {
                         continue;
                     }
-                    if let Some((topic, message, marks)) = record::decode(&message) {
-                        let place = (
-                            topic.as_str().to_owned(),
-                            message.partition.unwrap_or_default(),
-                        );
+                    if let Some((topic, message, marks)) =
+                        record::decode(&message, &mut self.topics)
+                    {
+                        let place = (topic.shared(), message.partition.unwrap_or_default());
                         let offset = message.offset.unwrap_or_default();
                         let received = Received {
                             topic,
@@ -200,7 +200,7 @@ impl Reader {
         let Some(topic) = topic.filter(|_| !reached.is_empty()) else {
             return;
         };
-        let names = reached.into_iter().map(|p| (topic.as_str().to_owned(), p));
+        let names = reached.into_iter().map(|p| (topic.as_str().into(), p));
         let names: Vec<TopicPartition> = names.collect();
         if let Err(error) = self.client.incremental_unassign(&bare_list(&names)) {
             // They are read on, and what comes of them is dropped.
@@ -273,7 +273,7 @@ impl Reader {
             .topics()
             .iter()
             .filter(|t| t.error().is_none() && is_ours(t.name()) && self.pattern.matches(t.name()))
-            .flat_map(|t| t.partitions().iter().map(|p| (t.name().to_owned(), p.id())))
+            .flat_map(|t| t.partitions().iter().map(|p| (t.name().into(), p.id())))
             .filter(|tp| self.only.is_none_or(|only| only == tp.1) && self.ends.wants(tp.1))
             .filter(|tp| !self.assigned.contains(tp))
             .collect();
@@ -319,7 +319,7 @@ impl Reader {
             StartFrom::Offsets(offsets) => {
                 let (mut given, mut others) = (Vec::new(), Vec::new());
                 for tp in new {
-                    match offsets.get(tp) {
+                    match offsets.get(&(tp.0.to_string(), tp.1)) {
                         Some(offset) => given.push((tp.clone(), *offset)),
                         None => others.push(tp.clone()),
                     }

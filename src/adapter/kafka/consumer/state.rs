@@ -206,7 +206,7 @@ mod tests {
     use std::sync::Arc;
 
     fn tp() -> TopicPartition {
-        ("t".to_owned(), 0)
+        ("t".into(), 0)
     }
 
     fn received() -> Received {

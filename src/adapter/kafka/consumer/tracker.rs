@@ -6,10 +6,13 @@
 //! an earlier one delivered can no longer complete anything. A watermark never
 //! goes backwards within a generation.
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
-/// A partition of a topic.
-pub(in crate::adapter::kafka) type TopicPartition = (String, i32);
+/// A partition of a topic. Cheap to clone: each message carries one.
+pub(in crate::adapter::kafka) type TopicPartition = (Arc<str>, i32);
 
 /// What was delivered, and to whom it belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,7 +141,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn tp() -> TopicPartition {
-        ("t".to_owned(), 0)
+        ("t".into(), 0)
     }
 
     #[test]

@@ -223,7 +223,7 @@ mod tests {
     use crate::{broker::BrokerType, message::Message, topic::Topic};
 
     fn place(n: i32) -> TopicPartition {
-        ("t".to_owned(), n)
+        ("t".into(), n)
     }
 
     fn item(offset: i64) -> Item {

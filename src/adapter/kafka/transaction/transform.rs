@@ -64,6 +64,7 @@ pub(super) struct Transform {
     report: watch::Sender<ConsumerState>,
     /// Partitions from which nothing is fetched now.
     paused: BTreeSet<TopicPartition>,
+    topics: record::Topics,
     /// Messages that are still handled one by one, to find out which of them makes
     /// something that the broker refuses.
     careful: usize,
@@ -131,6 +132,7 @@ impl Transform {
             stopping,
             report,
             paused: BTreeSet::new(),
+            topics: record::Topics::default(),
             careful: 0,
             failed: 0,
         })
@@ -219,9 +221,9 @@ impl Transform {
                 }
             }
             Some(Ok(message)) => {
-                if let Some((topic, message, marks)) = record::decode(&message) {
+                if let Some((topic, message, marks)) = record::decode(&message, &mut self.topics) {
                     let partition = message.partition.unwrap_or_default();
-                    let place = (topic.as_str().to_owned(), partition);
+                    let place = (topic.shared(), partition);
                     let item = Item {
                         offset: message.offset.unwrap_or_default(),
                         received: Received {
