@@ -114,7 +114,7 @@ impl Hub {
         wait: Duration,
     ) -> Result<Vec<serde_json::Value>, serde_json::Value> {
         let wait = u64::try_from(wait.as_millis()).unwrap();
-        let ask = serde_json::json!({"max": max, "wait_ms": wait, "lease_ms": 120_000});
+        let ask = serde_json::json!({"max": max, "wait_ms": wait});
         let path = self.at(&format!("/v1/queues/{queue}/lease"));
         let answer = reqwest::Client::new().post(path).json(&ask).send().await;
         let answer: serde_json::Value = answer.unwrap().json().await.unwrap();
