@@ -504,15 +504,13 @@ async fn a_long_task_is_acked_at_rabbitmq_and_kept_by_the_hub_through_a_kill() {
         );
     }
     // Nothing at RabbitMQ waits for an ack, so nothing there can run out of time.
-    wait::until(LIMIT, "no unacked task at RabbitMQ", async || {
-        at_rabbitmq(&rabbit).await.1 == 0
+    // Its figures are some seconds old, and at first those of an empty queue.
+    let wanted = "no unacked task at RabbitMQ, and the rest left to others";
+    wait::until(LIMIT, wanted, async || {
+        let (ready, unacked) = at_rabbitmq(&rabbit).await;
+        unacked == 0 && ready >= (ALL - 2 * FIRST) as u64
     })
     .await;
-    let left = at_rabbitmq(&rabbit).await.0;
-    assert!(
-        left >= (ALL - 2 * FIRST) as u64,
-        "{left} are left to others"
-    );
     hub.signal("KILL");
     drop(hub);
 
@@ -526,8 +524,6 @@ async fn a_long_task_is_acked_at_rabbitmq_and_kept_by_the_hub_through_a_kill() {
                 .await,
         );
     }
-    hub.ack(&held[..1]).await;
-    let done = held[0]["message"]["id"].as_str().unwrap().to_owned();
     hub.signal("KILL");
     drop(hub);
 
@@ -536,7 +532,7 @@ async fn a_long_task_is_acked_at_rabbitmq_and_kept_by_the_hub_through_a_kill() {
     let hub = hub_of(rabbit.url(), folder.path(), false);
     let mut ids = std::collections::BTreeMap::<String, usize>::new();
     let deadline = Instant::now() + LIMIT;
-    while ids.len() < ALL - 1 {
+    while ids.len() < ALL {
         assert!(Instant::now() < deadline, "{ids:?}");
         let leased = hub.lease(QUEUE, 10, Duration::from_secs(1)).await;
         hub.ack(&leased).await;
@@ -546,7 +542,6 @@ async fn a_long_task_is_acked_at_rabbitmq_and_kept_by_the_hub_through_a_kill() {
         }
     }
     assert!(ids.values().all(|n| *n == 1), "{ids:?}");
-    assert!(!ids.contains_key(&done), "{done} was acked before");
     assert_eq!(
         hub.lease(QUEUE, 10, Duration::from_millis(300)).await.len(),
         0
