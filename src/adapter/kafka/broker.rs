@@ -216,16 +216,15 @@ impl Backend {
     /// # Errors
     /// `DEAD_LETTER_FAILED`.
     pub(super) async fn dead_letters(&self) -> Result<Topic> {
-        let fail = |why| Error::new(ErrorCode::DeadLetterFailed, why).at(BrokerType::Kafka);
         let name = self.topology.dead_letter_topic();
-        let topic = Topic::new(name).map_err(|e| fail(e.to_string()))?;
+        let topic = Topic::new(name).map_err(|e| unburied(e.to_string()))?;
         let known = self.admin.facts(&topic).await.map_err(|e| {
             let why = format!("the dead letters' topic {name} could not be looked up");
-            fail(why).caused_by(e)
+            unburied(why).caused_by(e)
         })?;
         if known.is_none() {
             self.make(&topic).await.map_err(|e| {
-                fail(format!("the dead letters' topic {name} could not be made")).caused_by(e)
+                unburied(format!("the dead letters' topic {name} could not be made")).caused_by(e)
             })?;
         }
         Ok(topic)
@@ -245,11 +244,15 @@ impl Backend {
             Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => {
                 let why =
                     format!("the message could not be moved to {name}; it is delivered again");
-                let failed = Error::new(ErrorCode::DeadLetterFailed, why).at(BrokerType::Kafka);
-                Err(of_message(failed).caused_by(e))
+                Err(of_message(unburied(why)).caused_by(e))
             }
         }
     }
+}
+
+/// A message could not be put among the dead letters.
+fn unburied(why: String) -> Error {
+    Error::new(ErrorCode::DeadLetterFailed, why).at(BrokerType::Kafka)
 }
 
 /// The dead letter of a message.

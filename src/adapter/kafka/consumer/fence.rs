@@ -13,9 +13,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rdkafka::{error::KafkaError, types::RDKafkaErrorCode as Code};
+use rdkafka::{
+    ClientConfig,
+    config::FromClientConfigAndContext,
+    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
+    error::KafkaError,
+    types::RDKafkaErrorCode as Code,
+};
 
-use crate::adapter::kafka::{error::raw_code, link::Link};
+use super::subscribed;
+use crate::{
+    adapter::kafka::{error::raw_code, link::Link},
+    topic::Pattern,
+};
 
 /// What one member knows of it.
 #[derive(Debug)]
@@ -50,6 +60,24 @@ impl Fence {
         // A time is whole whenever the lock is free.
         self.joined.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A client in the place of one that was fenced, and is of no use any more. It is given
+/// nothing before it is polled.
+///
+/// # Errors
+/// Why there is none.
+pub(in crate::adapter::kafka) fn join_anew<C: ConsumerContext>(
+    settings: &ClientConfig,
+    pattern: &Pattern,
+    context: C,
+    fence: &KafkaError,
+) -> Result<BaseConsumer<C>, String> {
+    tracing::warn!(target: "messaging_hub::kafka", %pattern, error = %fence,
+        "fenced right after the brokers came back, which had forgotten this member: it joins again");
+    let joined = BaseConsumer::from_config_and_context(settings, context)
+        .and_then(|client| client.subscribe(&[&subscribed(pattern)]).map(|()| client));
+    joined.map_err(|e| format!("joining again: {e}"))
 }
 
 fn forgotten(

@@ -47,7 +47,7 @@ use crate::{
 
 pub(super) use self::{
     core::{Command, bare_list, list_of, names},
-    fence::Fence,
+    fence::{Fence, join_anew},
     position::{commit_start, committed, resolve, steady},
     reader::fatal,
     tracker::TopicPartition,

@@ -11,7 +11,6 @@ use std::{
 
 use rdkafka::{
     ClientConfig,
-    config::FromClientConfigAndContext,
     consumer::{CommitMode, Consumer as _},
     error::{KafkaError, KafkaResult},
     message::Message as _,
@@ -23,9 +22,9 @@ use tokio_util::sync::CancellationToken;
 use super::{
     core::{Client, Command, Context, Core, bare_list, list_of},
     ends::Ends,
+    fence::join_anew,
     position,
     state::Settle,
-    subscribed,
     tracker::TopicPartition,
 };
 use crate::{
@@ -174,17 +173,11 @@ impl Reader {
         Ok(())
     }
 
-    /// Joins the group with a client of its own, since one that was fenced is of no
-    /// use any more. What was handed out and is not settled comes again.
+    /// Joins the group again. What was handed out and is not settled comes again.
     fn join_anew(&mut self, error: &KafkaError) -> Result<(), String> {
-        tracing::warn!(target: "messaging_hub::kafka", pattern = %self.pattern, %error,
-            "fenced right after the brokers came back, which had forgotten this member: it joins again");
         let context = Context(Arc::clone(&self.core));
-        let client = Client::from_config_and_context(&self.settings, context)
-            .and_then(|c| c.subscribe(&[&subscribed(&self.pattern)]).map(|()| c))
-            .map_err(|e| format!("joining again: {e}"))?;
-        // Its end takes what it had away; the new one is given nothing before it is
-        // polled.
+        let client = join_anew(&self.settings, &self.pattern, context, error)?;
+        // Its end takes what it had away.
         drop(std::mem::replace(&mut self.client, client));
         let mut state = self.core.state();
         for place in state.tracker.partitions() {

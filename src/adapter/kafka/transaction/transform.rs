@@ -240,19 +240,10 @@ impl Transform {
         }
     }
 
-    /// Joins the group with a client of its own, since one that was fenced is of no
-    /// use any more. What is held is read again, by whoever is given it.
+    /// Joins the group again. What is held is read again, by whoever is given it.
     fn join_anew(&mut self, error: &KafkaError) -> Result<(), String> {
-        tracing::warn!(target: "messaging_hub::kafka", pattern = %self.pattern, %error,
-            "fenced right after the brokers came back, which had forgotten this member: it joins again");
         let context = Context(Arc::clone(&self.member));
-        let client = BaseConsumer::from_config_and_context(&self.settings, context)
-            .and_then(|c| {
-                c.subscribe(&[&consumer::subscribed(&self.pattern)])
-                    .map(|()| c)
-            })
-            .map_err(|e| format!("joining again: {e}"))?;
-        // The new one is given nothing before it is polled.
+        let client = consumer::join_anew(&self.settings, &self.pattern, context, error)?;
         drop(std::mem::replace(&mut self.client, client));
         self.member.leave();
         self.paused.clear();
