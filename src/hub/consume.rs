@@ -356,8 +356,9 @@ impl MessagingHub {
         }
         let primary = if self.hands_over(&route, options) {
             self.consume_long(&*broker, source, options).await?
-        } else if self.is_left_over(&route, source).await {
-            self.consume_left_over(&*broker, source, options).await?
+        } else if let Some(left) = self.left_over(&route, source).await {
+            self.consume_left_over(left, &*broker, source, options)
+                .await?
         } else {
             broker.consume(source, options).await?
         };
@@ -399,7 +400,6 @@ impl MessagingHub {
             closing: self.0.closing.clone(),
             buffer: options.buffer_size,
             most: self.0.max_message_bytes,
-            passes_resting: !resting::is_resting(source.pattern().as_str()),
             rests: resting::is_resting(source.pattern().as_str()),
             #[cfg(feature = "schema")]
             checks: self.checks(),

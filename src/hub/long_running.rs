@@ -59,28 +59,22 @@ impl MessagingHub {
         route.primary == BrokerType::RabbitMq && (options.long_running || route.long_running)
     }
 
-    /// Whether tasks of a queue were handed over by a subscription that was
-    /// long-running, while this one is not.
-    pub(super) async fn is_left_over(&self, route: &Route, source: &Source) -> bool {
+    /// The queue, and the embedded broker, in which tasks are left that were handed
+    /// over by a subscription that was long-running, while this one is not.
+    pub(super) async fn left_over(&self, route: &Route, source: &Source) -> Option<LeftOver> {
         let (Source::Queue(pattern), BrokerType::RabbitMq) = (source, route.primary) else {
-            return false;
+            return None;
         };
-        let Some(queue) = pattern.literal() else {
-            return false;
-        };
+        let queue = pattern.literal()?;
         // The hub's own letters are not the queue's.
         if self.store().is_none() || self.0.topology.keeps_dead_letters(&queue) {
-            return false;
+            return None;
         }
-        let fallback = lock(&self.0.brokers).fallback.clone();
-        match fallback.as_ref().and_then(|f| f.task_queue()) {
-            // Those that rest too.
-            Some(queues) => {
-                let stats = queues.queue_stats(&queue).await;
-                stats.is_ok_and(|s| s.messages > 0)
-            }
-            None => false,
-        }
+        let embedded = lock(&self.0.brokers).fallback.clone()?;
+        let stats = embedded.task_queue()?.queue_stats(&queue).await;
+        // Those that rest too.
+        let left = stats.is_ok_and(|s| s.messages > 0);
+        left.then_some((queue, embedded))
     }
 
     /// A consumer of a queue of which some tasks were handed over before.
@@ -89,14 +83,11 @@ impl MessagingHub {
     /// As the brokers' own `consume`.
     pub(super) async fn consume_left_over(
         &self,
+        (queue, embedded): LeftOver,
         broker: &dyn MessageBroker,
         source: &Source,
         options: &SubscribeOptions,
     ) -> Result<Consumer> {
-        let fallback = lock(&self.0.brokers).fallback.clone();
-        let (Some(embedded), Some(queue)) = (fallback, source.pattern().literal()) else {
-            return broker.consume(source, options).await;
-        };
         tracing::info!(%queue, "tasks of a subscription that was long-running are left over; they are handed out too");
         let here = SubscribeOptions {
             prefetch: options.prefetch,
@@ -205,6 +196,9 @@ impl MessagingHub {
         }
     }
 }
+
+/// A queue at RabbitMQ, and where some of its tasks are.
+type LeftOver = (Topic, Arc<dyn MessageBroker>);
 
 /// What becomes of RabbitMQ's deliveries.
 enum Way {

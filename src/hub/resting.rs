@@ -191,9 +191,7 @@ impl MessagingHub {
             retry: RetryMode::Broker,
         })
     }
-}
 
-impl MessagingHub {
     /// Delays under which events of a subscription may rest already. While the broker
     /// cannot be asked, none: they are read after the next start.
     async fn resting_before(&self, primary: BrokerType, own: &str) -> Vec<Duration> {

@@ -46,10 +46,9 @@ pub(crate) struct Parts {
     pub(crate) buffer: usize,
     /// Bytes that a payload may have once it is expanded.
     pub(crate) most: usize,
-    /// It covers topics by chance in which other groups' failed events rest.
-    pub(crate) passes_resting: bool,
-    /// It reads one of those topics, to which each attempt that fails comes again as
-    /// another message of the same id.
+    /// It reads a topic in which failed events rest, to which each attempt that fails
+    /// comes again as another message of the same id. Others may cover such topics by
+    /// chance, and pass over them.
     pub(crate) rests: bool,
     /// What payloads must look like; none: anything.
     #[cfg(feature = "schema")]
@@ -278,7 +277,7 @@ impl Span {
         #[cfg_attr(not(feature = "schema"), allow(unused_mut))]
         let mut batch = batch.into_iter();
         while let Some(delivery) = batch.next() {
-            if self.parts.passes_resting && resting::is_resting(&delivery.topic) {
+            if !self.parts.rests && resting::is_resting(&delivery.topic) {
                 delivery.settle_now(Verdict::Ack);
                 continue;
             }

@@ -60,7 +60,6 @@ fn span_of(group: Option<&str>) -> (Source, Consumer) {
         closing: CancellationToken::new(),
         buffer: 4,
         most: 1024,
-        passes_resting: false,
         rests: false,
         #[cfg(feature = "schema")]
         checks: None,
