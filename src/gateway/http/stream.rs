@@ -155,7 +155,6 @@ pub(super) async fn stream(
         unacked: VecDeque::new(),
         held: 0,
         written: VecDeque::new(),
-        sizes: VecDeque::new(),
         unflushed: 0,
         moved: Instant::now(),
         waiting: VecDeque::new(),
@@ -309,11 +308,8 @@ struct Pump {
     unacked: VecDeque<(u64, Delivery)>,
     /// Bytes of those.
     held: usize,
-    /// For each frame that is not known to be flushed: its number and the
-    /// count of its last delivery.
-    written: VecDeque<(u64, u64)>,
-    /// The bytes of each frame that is not known to be flushed, and of all of them.
-    sizes: VecDeque<(u64, usize)>,
+    /// Frames that are not known to be flushed, and the bytes of all of them.
+    written: VecDeque<Written>,
     unflushed: usize,
     /// When something was flushed last, or nothing was left to be.
     moved: Instant,
@@ -321,6 +317,14 @@ struct Pump {
     waiting: VecDeque<Delivery>,
     commits: Option<mpsc::Receiver<Commit>>,
     frames: mpsc::Sender<Bytes>,
+}
+
+/// A frame with events.
+struct Written {
+    number: u64,
+    /// The count of its last delivery.
+    last: u64,
+    bytes: usize,
 }
 
 impl Pump {
@@ -368,8 +372,8 @@ impl Pump {
                         break;
                     }
                     // A full body has no need of a sign of life.
-                    if self.waiting.is_empty()
-                        && self.frames.try_send(Bytes::from_static(b": alive\n\n")).is_ok() {
+                    let alive = Bytes::from_static(b": alive\n\n");
+                    if self.waiting.is_empty() && self.frames.try_send(alive).is_ok() {
                         self.sent += 1;
                     }
                 }
@@ -410,10 +414,11 @@ impl Pump {
             self.moved = Instant::now();
         }
         self.unflushed += out.len();
-        self.sizes.push_back((self.sent, out.len()));
-        if self.commits.is_none() {
-            self.written.push_back((self.sent, self.cursor.given));
-        }
+        self.written.push_back(Written {
+            number: self.sent,
+            last: self.cursor.given,
+            bytes: out.len(),
+        });
         out.freeze()
     }
 
@@ -423,26 +428,21 @@ impl Pump {
         let _ = self.frames.send(frame).await;
     }
 
-    /// Acks what was written to the socket (`ack=auto`).
+    /// Takes note of what was written to the socket, and acks it (`ack=auto`).
     fn settle_flushed(&mut self) {
         let flushed = self.flushed.borrow_and_update().saturating_sub(self.base);
-        while let Some((frame, bytes)) = self.sizes.front().copied() {
-            if frame > flushed {
-                break;
-            }
-            self.sizes.pop_front();
-            self.unflushed -= bytes;
-            self.moved = Instant::now();
-        }
         let mut upto = None;
-        while let Some((frame, last)) = self.written.front() {
-            if *frame > flushed {
+        while let Some(frame) = self.written.front() {
+            if frame.number > flushed {
                 break;
             }
-            upto = Some(*last);
+            upto = Some(frame.last);
+            self.unflushed -= frame.bytes;
+            self.moved = Instant::now();
             self.written.pop_front();
         }
-        if let Some(upto) = upto {
+        // Else its client commits.
+        if let Some(upto) = upto.filter(|_| self.commits.is_none()) {
             for delivery in self.take(upto) {
                 // A connection that is gone delivers it again.
                 delivery.settle_now(crate::broker::Verdict::Ack);
