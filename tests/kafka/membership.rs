@@ -152,17 +152,17 @@ async fn a_static_member_that_kafka_forgot_in_a_crash_joins_again() {
     // What Kafka knows of the group before the member comes back.
     node.kill().await;
     let kept = tempfile::tempdir().unwrap();
-    for (n, log) in groups(&node).iter().enumerate() {
+    let logs = groups(&node);
+    for (n, log) in logs.iter().enumerate() {
         copy(log, &kept.path().join(n.to_string()));
     }
-    let before = groups(&node);
     node.restart().await;
     let mut consumer = consume().await;
     publish(&broker, &topic, vec![text("before")]).await;
     ack_all(take(&mut consumer, 1).await).await;
     // A crash that costs it what it learned since.
     node.kill().await;
-    for (n, log) in before.iter().enumerate() {
+    for (n, log) in logs.iter().enumerate() {
         copy(&kept.path().join(n.to_string()), log);
     }
     node.restart().await;
