@@ -23,7 +23,7 @@ use crate::{
     },
     error::{Error, ErrorCode, Result},
     message::{Timestamp, wire::Failure},
-    topic::{Pattern, Topic},
+    topic::Pattern,
 };
 
 /// How long a lease request goes on gathering after a message: what is ready at
@@ -458,7 +458,7 @@ impl MessagingHub {
 
     /// How long failed tasks of a queue rest.
     #[cfg(feature = "server")]
-    pub(crate) fn task_delays(&self, queue: &Topic) -> Delays {
+    pub(crate) fn task_delays(&self, queue: &crate::topic::Topic) -> Delays {
         self.retry_delays(&Source::Queue(Pattern::from(queue)))
     }
 

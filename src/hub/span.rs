@@ -276,6 +276,8 @@ impl Span {
         let mut out = Vec::with_capacity(batch.len());
         #[cfg_attr(not(feature = "schema"), allow(unused_mut))]
         let mut batch = batch.into_iter();
+        // With schemas the rest of it may have to wait.
+        #[cfg_attr(not(feature = "schema"), allow(clippy::while_let_on_iterator))]
         while let Some(delivery) = batch.next() {
             if !self.parts.rests && resting::is_resting(&delivery.topic) {
                 delivery.settle_now(Verdict::Ack);
