@@ -55,7 +55,8 @@ pub(in crate::adapter::kafka) struct Core {
     room: Condvar,
     /// Wakes the task that hands out.
     pub(super) ready: Notify,
-    orders: Mutex<Vec<Order>>,
+    /// None once nobody carries them out any more.
+    orders: Mutex<Option<Vec<Order>>>,
     /// Partitions are paused because the reader is slow.
     pub(super) paused: AtomicBool,
     /// Partitions were assigned (none included): the group has us.
@@ -82,7 +83,7 @@ impl Core {
             state: Mutex::default(),
             room: Condvar::new(),
             ready: Notify::new(),
-            orders: Mutex::default(),
+            orders: Mutex::new(Some(Vec::new())),
             paused: AtomicBool::new(false),
             joined: AtomicBool::new(false),
             fence: Fence::new(session),
@@ -111,21 +112,34 @@ impl Core {
             .wait_timeout_while(guard, at_most, |state| !done(state) && !self.has_orders());
     }
 
-    /// Leaves an order for the polling thread.
+    /// Leaves an order for the polling thread. Where that has left, the order is
+    /// dropped, which whoever waits for its answer hears.
     pub(super) fn order(&self, order: Order) {
-        self.orders().push(order);
+        if let Some(orders) = &mut *self.orders() {
+            orders.push(order);
+        }
         self.wake();
     }
 
     pub(super) fn take_orders(&self) -> Vec<Order> {
-        std::mem::take(&mut *self.orders())
+        self.orders()
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
+    }
+
+    /// The polling thread takes no more orders. A thread is not over the moment it has
+    /// reported its end: an order that came in between would wait for nobody.
+    pub(super) fn refuse_orders(&self) {
+        *self.orders() = None;
     }
 
     fn has_orders(&self) -> bool {
-        !self.orders().is_empty() || self.abort.load(Ordering::Acquire)
+        let orders = self.orders();
+        orders.as_ref().is_some_and(|o| !o.is_empty()) || self.abort.load(Ordering::Acquire)
     }
 
-    fn orders(&self) -> MutexGuard<'_, Vec<Order>> {
+    fn orders(&self) -> MutexGuard<'_, Option<Vec<Order>>> {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -233,4 +247,32 @@ pub(in crate::adapter::kafka) fn bare_list(partitions: &[TopicPartition]) -> Top
         list.add_partition(topic, *partition);
     }
     list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::MetricsRecorder;
+
+    #[tokio::test]
+    async fn an_order_that_nobody_carries_out_is_dropped_with_its_answer() {
+        let link = Arc::new(Link::new(Arc::new(MetricsRecorder::default())));
+        let session = Duration::from_secs(45);
+        let core = Core::new(link, Settle::Never, OffsetReset::Latest, true, session);
+        let order = || {
+            let (tx, answer) = tokio::sync::oneshot::channel();
+            core.order((Command::Commit(Vec::new()), tx));
+            answer
+        };
+        let early = order();
+        let (_, answer) = core.take_orders().pop().unwrap();
+        answer.send(Ok(Vec::new())).unwrap();
+        assert!(early.await.is_ok());
+        // Between the thread's last look and its end, and behind that.
+        let between = order();
+        core.refuse_orders();
+        let behind = order();
+        assert!(between.await.is_err() && behind.await.is_err());
+        assert!(core.take_orders().is_empty());
+    }
 }

@@ -59,9 +59,19 @@ pub(super) struct Reader {
     pub(super) missing_since: Option<Instant>,
 }
 
+/// Orders are taken for as long as this is there, also on a thread that panics.
+struct Orders(Arc<Core>);
+
+impl Drop for Orders {
+    fn drop(&mut self) {
+        self.0.refuse_orders();
+    }
+}
+
 impl Reader {
     /// Runs until stopped or failed, and reports how it ended.
     pub(super) fn run(mut self) {
+        let orders = Orders(Arc::clone(&self.core));
         let end = match self.read() {
             Ok(()) => ConsumerState::Stopped,
             Err(why) => {
@@ -76,6 +86,8 @@ impl Reader {
         let report = self.report.clone();
         // Leaves the group: the last thing that may take long.
         drop(self);
+        // Who ordered meanwhile finds the group without this member.
+        drop(orders);
         report.send_replace(end);
     }
 
