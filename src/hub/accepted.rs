@@ -56,7 +56,27 @@ impl Accepted {
     /// # Errors
     /// `TIMEOUT` when too many wait for the same id already.
     pub(super) fn offer(self: &Arc<Self>, topic: &Topic, id: &MessageId) -> Result<Offer> {
+        self.offer_in(&mut lock(&self.window), topic, id)
+    }
+
+    /// The same for the ids of a batch, as one: of two that bring the same ids at once
+    /// one publishes all of them, and the other none.
+    pub(super) fn offer_all<'a>(
+        self: &Arc<Self>,
+        ids: impl Iterator<Item = (&'a Topic, &'a MessageId)>,
+    ) -> Vec<Result<Offer>> {
+        // No offer is dropped before the lock: that would take it again.
         let mut window = lock(&self.window);
+        ids.map(|(topic, id)| self.offer_in(&mut window, topic, id))
+            .collect()
+    }
+
+    fn offer_in(
+        self: &Arc<Self>,
+        window: &mut IntakeWindow<Outcome, Joiner>,
+        topic: &Topic,
+        id: &MessageId,
+    ) -> Result<Offer> {
         Ok(
             match window.offer(Timestamp::now(), topic, id, Origin::Caller) {
                 Intake::Bypass => Offer::Fresh(None),

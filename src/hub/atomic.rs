@@ -277,8 +277,6 @@ impl MessagingHub {
     /// for each other would wait for ever.
     fn offer(&self, held: &[Checked]) -> Result<Vec<Offer>> {
         let mut seen: HashSet<(&str, &str)> = HashSet::with_capacity(held.len());
-        let mut offers = Vec::with_capacity(held.len());
-        let (mut fresh, mut joined) = (0, 0);
         for Outgoing { topic, message, .. } in held.iter().map(|c| &c.out) {
             if !seen.insert((topic.as_str(), message.id.as_str())) {
                 return Err(Error::rejected(
@@ -288,11 +286,15 @@ impl MessagingHub {
                 .on(topic.as_str())
                 .with_id(message.id.as_str()));
             }
-            let offer = if message.id.is_generated() {
-                Offer::Fresh(None)
-            } else {
-                self.0.accepted.offer(topic, &message.id)?
-            };
+        }
+        let brought = held.iter().map(|c| (&c.out.topic, &c.out.message.id));
+        let brought = brought.filter(|(_, id)| !id.is_generated());
+        let mut answers = self.0.accepted.offer_all(brought).into_iter();
+        let mut offers = Vec::with_capacity(held.len());
+        let (mut fresh, mut joined) = (0, 0);
+        for message in held.iter().map(|c| &c.out.message) {
+            let answer = (!message.id.is_generated()).then(|| answers.next());
+            let offer = answer.flatten().unwrap_or(Ok(Offer::Fresh(None)))?;
             fresh += usize::from(matches!(offer, Offer::Fresh(_)));
             joined += usize::from(matches!(offer, Offer::Joined(_)));
             offers.push(offer);
