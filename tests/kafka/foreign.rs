@@ -1,13 +1,16 @@
 //! Readers that know nothing of the hub: a bare client that reads what is committed
 //! (or everything) up to where the broker says that it ends, and Kafka's own console.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use rdkafka::{
     ClientConfig, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
     error::KafkaError,
-    message::{Headers as _, Message as _},
+    message::{BorrowedMessage, Headers as _, Message as _},
 };
 
 use crate::{common::WAIT, support::Kafka};
@@ -51,52 +54,58 @@ fn read_now(bootstrap: &str, topics: &[String], isolation: &str) -> Vec<Seen> {
         .set("reconnect.backoff.max.ms", "200")
         .create()
         .unwrap();
-    let mut list = TopicPartitionList::new();
+    let until = std::time::Instant::now() + 2 * WAIT;
+    let mut seen = Vec::new();
     for topic in topics {
         let metadata = (0..30)
             .find_map(|_| consumer.fetch_metadata(Some(topic), WAIT).ok())
             .expect("metadata");
+        let mut list = TopicPartitionList::new();
         for partition in metadata.topics()[0].partitions() {
             list.add_partition_offset(topic, partition.id(), Offset::Beginning)
                 .unwrap();
         }
-    }
-    let mut open = list.count();
-    consumer.assign(&list).unwrap();
-    let until = std::time::Instant::now() + 2 * WAIT;
-    let mut seen = Vec::new();
-    while open > 0 {
-        assert!(
-            std::time::Instant::now() < until,
-            "the ends were not reached"
-        );
-        match consumer.poll(Duration::from_millis(200)) {
-            None => {}
-            Some(Err(KafkaError::PartitionEOF(_))) => open -= 1,
-            // While the broker is away.
-            Some(Err(_)) => {}
-            Some(Ok(m)) => {
-                let headers: BTreeMap<String, String> = m
-                    .headers()
-                    .into_iter()
-                    .flat_map(|h| h.iter())
-                    .map(|h| {
-                        let value = String::from_utf8_lossy(h.value.unwrap_or_default());
-                        (h.key.to_owned(), value.into_owned())
-                    })
-                    .collect();
-                seen.push(Seen {
-                    topic: m.topic().to_owned(),
-                    partition: m.partition(),
-                    offset: m.offset(),
-                    id: headers.get("hub-id").cloned().unwrap_or_default(),
-                    body: String::from_utf8_lossy(m.payload().unwrap_or_default()).into_owned(),
-                    headers,
-                });
+        consumer.assign(&list).unwrap();
+        // One topic at a time, since an end says the partition only; and a partition
+        // that others write to meanwhile has several.
+        let mut ended = BTreeSet::new();
+        while ended.len() < list.count() {
+            assert!(
+                std::time::Instant::now() < until,
+                "the ends were not reached"
+            );
+            match consumer.poll(Duration::from_millis(200)) {
+                None => {}
+                Some(Err(KafkaError::PartitionEOF(partition))) => {
+                    ended.insert(partition);
+                }
+                // While the broker is away.
+                Some(Err(_)) => {}
+                Some(Ok(m)) => seen.push(taken_down(&m)),
             }
         }
     }
     seen
+}
+
+fn taken_down(m: &BorrowedMessage<'_>) -> Seen {
+    let headers: BTreeMap<String, String> = m
+        .headers()
+        .into_iter()
+        .flat_map(|h| h.iter())
+        .map(|h| {
+            let value = String::from_utf8_lossy(h.value.unwrap_or_default());
+            (h.key.to_owned(), value.into_owned())
+        })
+        .collect();
+    Seen {
+        topic: m.topic().to_owned(),
+        partition: m.partition(),
+        offset: m.offset(),
+        id: headers.get("hub-id").cloned().unwrap_or_default(),
+        body: String::from_utf8_lossy(m.payload().unwrap_or_default()).into_owned(),
+        headers,
+    }
 }
 
 /// Watches how much was written to a topic, committed or not.
