@@ -397,11 +397,14 @@ impl LongRunning {
             self.moving.insert(self.next, delivery);
         }
         if self.lane.is_none() {
-            match self
-                .embedded
-                .open_lane(&self.queue, 0, &LaneOptions::default())
-                .await
-            {
+            // As many as RabbitMQ's prefetch may let in: with less room for answers, the
+            // lane would wait for this task to take one while this task waits for the
+            // lane to take a batch.
+            let options = LaneOptions {
+                window: usize::from(u16::MAX),
+                ..LaneOptions::default()
+            };
+            match self.embedded.open_lane(&self.queue, 0, &options).await {
                 Ok(lane) => self.lane = Some(lane),
                 Err(error) => {
                     self.give_back(&error).await;
