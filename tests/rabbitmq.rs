@@ -471,6 +471,46 @@ async fn fault_05_fault_06_a_failed_message_comes_back_counted_and_ends_in_the_d
     }
 }
 
+/// The dead letters of all queues lie in one, and pass by the same channel.
+#[tokio::test]
+async fn a_dead_letter_names_the_topic_that_it_comes_from() {
+    let rabbit = need!(shared_rabbit(RabbitVersion::V4).await);
+    let dead = unique("dead");
+    let topology = Topology {
+        dead_letter_queue: Some(dead.clone()),
+        ..Topology::default()
+    };
+    let broker = connected(config(rabbit.url()), topology).await;
+    let mut wanted = Vec::new();
+    for n in 0..3 {
+        let queue = queue(&broker, &unique("failing")).await;
+        all_confirmed(&publish_all(&broker, &queue, vec![numbered(n)]).await);
+        let mut consumer = broker
+            .consume(&of(&queue), &SubscribeOptions::default())
+            .await
+            .unwrap();
+        let delivery = receive(&mut consumer, 1).await.pop().unwrap();
+        delivery.dead_letter("gave_up", "at once").await.unwrap();
+        wanted.push(queue.to_string());
+    }
+    let connection =
+        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default());
+    let channel = connection.await.unwrap().create_channel().await.unwrap();
+    let mut named = Vec::new();
+    for _ in &wanted {
+        let options = lapin::options::BasicGetOptions { no_ack: true };
+        let letter = channel.basic_get(dead.as_str().into(), options).await;
+        let letter = letter.unwrap().expect("a letter");
+        let headers = letter.properties.headers().as_ref().unwrap().inner();
+        match headers.get("hub-topic") {
+            Some(lapin::types::AMQPValue::LongString(topic)) => named.push(topic.to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(named, wanted);
+    broker.close().await.unwrap();
+}
+
 #[tokio::test]
 async fn fault_11_a_batch_has_one_outcome_each_also_behind_a_refused_message() {
     let rabbit = need!(shared_rabbit(RabbitVersion::V3_10).await);

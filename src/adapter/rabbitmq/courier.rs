@@ -73,7 +73,7 @@ impl Courier {
 /// The courier's task; ends when the broker is closed.
 pub(super) async fn run(shared: Arc<Shared>, mut jobs: mpsc::Receiver<Job>) {
     let (confirm, mut confirmations) = mpsc::channel(WINDOW);
-    let mut lanes: HashMap<(String, String, bool), mpsc::Sender<Vec<Submission>>> = HashMap::new();
+    let mut lanes = HashMap::new();
     let mut pending: HashMap<u64, oneshot::Sender<Result<()>>> = HashMap::new();
     let mut token = 0;
     loop {
@@ -100,14 +100,29 @@ pub(super) async fn run(shared: Arc<Shared>, mut jobs: mpsc::Receiver<Job>) {
     }
 }
 
+/// Where a lane leads, and what it writes on each message.
+#[derive(PartialEq, Eq, Hash)]
+struct Place {
+    exchange: String,
+    key: String,
+    expires: bool,
+    /// Goes into `hub-topic`: the dead letters of several queues lie in one.
+    topic: Arc<str>,
+}
+
 async fn submit(
     shared: &Arc<Shared>,
-    lanes: &mut HashMap<(String, String, bool), mpsc::Sender<Vec<Submission>>>,
+    lanes: &mut HashMap<Place, mpsc::Sender<Vec<Submission>>>,
     confirm: &mpsc::Sender<Confirmation>,
     token: u64,
     job: Job,
 ) -> Result<()> {
-    let place = (job.exchange, job.key, job.expires);
+    let place = Place {
+        exchange: job.exchange,
+        key: job.key,
+        expires: job.expires,
+        topic: job.topic,
+    };
     let mut batch = vec![Submission {
         token,
         message: job.message,
@@ -130,12 +145,12 @@ async fn submit(
         .at(BrokerType::RabbitMq)
     };
     let target = Target {
-        topic: job.topic,
-        exchange: ShortString::try_new(place.0.as_str()).map_err(long)?,
-        key: ShortString::try_new(place.1.as_str()).map_err(long)?,
+        topic: place.topic.clone(),
+        exchange: ShortString::try_new(place.exchange.as_str()).map_err(long)?,
+        key: ShortString::try_new(place.key.as_str()).map_err(long)?,
         mandatory: true,
         confirm: true,
-        expires: place.2,
+        expires: place.expires,
         window: WINDOW,
     };
     let (lane, submissions) = mpsc::channel(WINDOW);
