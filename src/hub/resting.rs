@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     broker::{
-        BrokerType, Consumer, ConsumerControl, Delays, Delivery, PublishOptions, Received,
+        BrokerType, Consumer, ConsumerControl, Delays, Delivery, Outcome, PublishOptions, Received,
         RetryMode, Settlement, Source, SubscribeOptions, Verdict,
         consumer::{ConsumerState, report},
     },
@@ -431,8 +431,20 @@ async fn rest(
     // Facts of where it lay.
     message.partition = None;
     let marks = (*received.marks).clone().of_letter(failure);
-    hub.publish_again(&topic, message, marks, &PublishOptions::default())
+    let kept = message.is_persistent();
+    let receipt = hub
+        .publish_again(&topic, message, marks, &PublishOptions::default())
         .await?;
+    let in_memory = receipt.outcome == Outcome::Spooled { durable: false };
+    if received.via != BrokerType::InMemory && kept && in_memory {
+        // The broker went away since it was asked, or the disk fails. The original
+        // stays; it and this copy are one attempt of one id.
+        return Err(Error::new(
+            ErrorCode::BrokerUnavailable,
+            "the broker is away, and the copy is in this hub's memory only",
+        )
+        .on(topic.as_str()));
+    }
     Ok(())
 }
 
