@@ -41,6 +41,8 @@ pub(super) enum Offer {
 pub(crate) struct Seen {
     accepted: Arc<Accepted>,
     ticket: Option<Ticket>,
+    /// Somebody may have sent it by now.
+    handed_over: bool,
 }
 
 impl Accepted {
@@ -87,6 +89,7 @@ impl Accepted {
                 Intake::Fresh(ticket) => Offer::Fresh(Some(Seen {
                     accepted: self.clone(),
                     ticket: Some(ticket),
+                    handed_over: false,
                 })),
                 Intake::InFlight(joining) => {
                     let (tx, rx) = oneshot::channel();
@@ -118,6 +121,11 @@ impl Accepted {
 }
 
 impl Seen {
+    /// From here on, or no longer, it may be sent: dropped untold, nobody knows.
+    pub(super) fn hand_over(&mut self, handed_over: bool) {
+        self.handed_over = handed_over;
+    }
+
     /// Tells the window, and whoever joined, what became of the publish.
     pub(crate) fn settle(mut self, result: &Result<Receipt>) {
         if let Some(ticket) = self.ticket.take() {
@@ -134,15 +142,52 @@ impl Seen {
 impl Drop for Seen {
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
-            // The publish was given up before it was accepted: whoever joined
-            // may repeat it.
             let joined = lock(&self.accepted.window).finish(Timestamp::now(), ticket, None);
             for joiner in joined {
-                let _ = joiner.send(Err(Error::new(
-                    ErrorCode::PublishFailed,
-                    "the publish that this repeat had joined was given up before it was accepted; repeat it",
-                )));
+                let _ = joiner.send(Err(if self.handed_over {
+                    Error::unknown(
+                        ErrorCode::OperationCanceled,
+                        "the publish that this repeat had joined was given up while it was under way",
+                    )
+                } else {
+                    Error::new(
+                        ErrorCode::PublishFailed,
+                        "the publish that this repeat had joined was given up before it was accepted; repeat it",
+                    )
+                }));
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Assume;
+
+    #[tokio::test]
+    async fn whoever_joined_hears_whether_the_publish_may_have_been_sent() {
+        let settings = crate::hub::HubConfig::default().intake_window;
+        let accepted = Arc::new(Accepted::new(&settings));
+        let topic = Topic::new("t").unwrap();
+        for (n, handed_over) in [true, false].into_iter().enumerate() {
+            let id = MessageId::new(format!("m{n}")).unwrap();
+            let Ok(Offer::Fresh(Some(mut seen))) = accepted.offer(&topic, &id) else {
+                panic!("it is new");
+            };
+            let Ok(Offer::Joined(answer)) = accepted.offer(&topic, &id) else {
+                panic!("it is on its way");
+            };
+            seen.hand_over(true);
+            seen.hand_over(handed_over);
+            drop(seen);
+            let meant = match handed_over {
+                true => Assume::Unknown,
+                false => Assume::NotSent,
+            };
+            assert_eq!(answer.await.unwrap().unwrap_err().assume(), meant);
+            // And it may be published anew.
+            assert!(matches!(accepted.offer(&topic, &id), Ok(Offer::Fresh(_))));
         }
     }
 }

@@ -262,7 +262,7 @@ impl MessagingHub {
             .lane_of(topic, &order, message.partition, lanes);
         let (answer, rx) = oneshot::channel();
         self.count_published(&message);
-        let item = Item {
+        let mut item = Item {
             order,
             confirm: options.confirm && entry.broker.confirms(),
             deadline: since + options.timeout,
@@ -278,13 +278,14 @@ impl MessagingHub {
         // A publisher in a loop still lets others run.
         tokio::task::coop::consume_budget().await;
         // Mostly the lane is known and has room.
-        let item = match found.and_then(|f| f.lane(&entry, lane)) {
-            Some(handle) => match handle.intake.try_send(item) {
+        if let Some(handle) = found.and_then(|f| f.lane(&entry, lane)) {
+            item.waiter.hand_over(true);
+            item = match handle.intake.try_send(item) {
                 Ok(()) => return Ok(Pending(State::Waiting(rx))),
                 Err(TrySendError::Full(item) | TrySendError::Closed(item)) => item,
-            },
-            None => item,
-        };
+            };
+            item.waiter.hand_over(false);
+        }
         let until = tokio::time::Instant::from_std(since) + options.timeout;
         let name = lane_name(topic, lane, options, compression.broker);
         let room = self.room(entry.clone(), &name);
@@ -296,6 +297,7 @@ impl MessagingHub {
             .on(topic.as_str()));
         };
         let (handle, permit) = room?;
+        item.waiter.hand_over(true);
         permit.send(item);
         if let Some(found) = found {
             found.keep_lane(&entry, lane, &handle);

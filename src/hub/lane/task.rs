@@ -66,6 +66,15 @@ pub(crate) struct Waiter {
     pub(crate) seen: Option<Seen>,
 }
 
+impl Waiter {
+    /// From here on, or no longer, a lane may send it.
+    pub(crate) fn hand_over(&mut self, handed_over: bool) {
+        if let Some(seen) = &mut self.seen {
+            seen.hand_over(handed_over);
+        }
+    }
+}
+
 /// A reader of spooled messages.
 #[derive(Debug)]
 pub(crate) struct Reader {
