@@ -68,8 +68,8 @@ pub(crate) struct Shelf<B> {
 pub(crate) enum Offered {
     /// It waits.
     Taken(Number),
-    /// It waits already.
-    Known,
+    /// It waits already, under this number.
+    Known(Number),
     /// There is no room.
     Full,
 }
@@ -131,8 +131,8 @@ impl<B> Shelf<B> {
     /// Takes a message, if there is room. What an earlier process had accepted
     /// (`kept`) has its room whether there is any or not.
     pub(crate) fn offer(&mut self, waiting: Waiting<B>, kept: bool) -> Offered {
-        if self.names.contains_key(&waiting.name) {
-            return Offered::Known;
+        if let Some(number) = self.names.get(&waiting.name) {
+            return Offered::Known(*number);
         }
         let full = self.waiting.len() >= self.limits.messages
             || self.bytes + waiting.size > self.limits.bytes;
@@ -315,7 +315,10 @@ mod tests {
     fn an_id_waits_once_in_a_topic_and_again_after_it_went() {
         let mut shelf = shelf(10, 1000);
         shelf.offer(waiting("a", 1), false);
-        assert_eq!(shelf.offer(waiting("a", 5), false), Offered::Known);
+        assert!(matches!(
+            shelf.offer(waiting("a", 5), false),
+            Offered::Known(_)
+        ));
         let mut copy = waiting("a", 5);
         copy.name.copy = 1;
         assert!(matches!(shelf.offer(copy, false), Offered::Taken(_)));

@@ -230,7 +230,8 @@ impl Task {
             }
         }
         self.asks.close();
-        while let Ok(ask) = self.asks.try_recv() {
+        // Also those for which room was promised: they are on their way.
+        while let Some(ask) = self.asks.recv().await {
             self.refuse(ask);
         }
         // A hub that was dropped waits for nothing.
@@ -511,7 +512,7 @@ impl Task {
             due,
             patience,
             answer,
-            seen,
+            mut seen,
         } = add;
         let message = &held.entry.message;
         let (id, persistent) = (message.id.clone(), message.is_persistent());
@@ -523,10 +524,17 @@ impl Task {
         let topic = held.lane.topic.clone();
         let waiting = waiting.with(Body::Here(Box::new(held)));
         let number = match self.shelf.offer(waiting, false) {
-            Offered::Taken(number) => number,
+            Offered::Taken(number) => {
+                if let Some(seen) = &mut seen {
+                    seen.hand_over(true);
+                }
+                number
+            }
             // It was accepted before, in a window longer than the intake's.
-            Offered::Known => {
-                let durable = self.store.is_some() && persistent;
+            Offered::Known(number) => {
+                let known = self.shelf.get(number).map(|w| &w.body);
+                // In memory it may be for want of a disk that takes it.
+                let durable = persistent && matches!(known, Some(Body::Kept { .. }));
                 return reply(answer, seen, spooled(id, durable));
             }
             Offered::Full => {
