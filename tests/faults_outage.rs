@@ -18,6 +18,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use messaging_hub::{
     Message, MessagingSystem, Outcome, SubscribeOptions,
     adapter::{
+        embedded::{EmbeddedBroker, EmbeddedConfig},
         kafka::{KafkaBroker, KafkaConfig},
         rabbitmq::{RabbitMqBroker, RabbitMqConfig},
     },
@@ -26,7 +27,7 @@ use messaging_hub::{
         TopicOptions,
     },
     config::MessagingConfig,
-    hub::MessagingHub,
+    hub::{HubConfig, MessagingHub},
     secret::Secret,
     topic::{Pattern, Topic},
     topology::{Topology, TopologyMode},
@@ -270,6 +271,8 @@ async fn fault_20_an_outage_is_told_and_nothing_is_sent_again_at_each_reconnect(
     let (system, hub) = started(over_rabbitmq(rabbit.url()), None).await;
     let name = queue(&hub, "requests").await;
     publish(&hub, &name, 0..10).await;
+    // What is in doubt at the kill may be there twice after it, rightly.
+    empty(&hub).await;
     rabbit.kill().await;
     knows(&hub, BrokerType::RabbitMq, false).await;
     assert_eq!(publish(&hub, &name, 10..40).await, 30);
@@ -285,6 +288,37 @@ async fn fault_20_an_outage_is_told_and_nothing_is_sent_again_at_each_reconnect(
         }
     }
     assert_eq!(system.close().await.left_in_memory_spool, 0);
+}
+
+/// What waits for a broker that was replaced meanwhile is counted, also by whoever
+/// closes again after giving up.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_a_replaced_broker_is_counted_at_the_close() {
+    let nobody = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let away = || {
+        let config = at_rabbitmq(&format!("amqp://guest:guest@127.0.0.1:{nobody}/%2f"));
+        RabbitMqBroker::new(config, Arc::default(), TopologyMode::Apply)
+    };
+    let hub = MessagingHub::new(HubConfig::default(), Topology::default());
+    let embedded = EmbeddedBroker::new(EmbeddedConfig::default(), Arc::default());
+    embedded.connect().await.unwrap();
+    hub.set_fallback_broker(embedded).unwrap();
+    let first = away();
+    hub.set_task_queue_broker(first.clone());
+    assert_eq!(publish(&hub, "tasks.replaced", 0..20).await, 20);
+    hub.set_task_queue_broker(away());
+    assert_eq!(publish(&hub, "tasks.replaced", 20..25).await, 5);
+    let given_up = tokio::time::timeout(Duration::from_millis(50), hub.close(SOON / 15)).await;
+    assert!(given_up.is_err(), "it waits for its brokers");
+    let report = hub.close(SOON).await;
+    assert_eq!(
+        (report.left_in_memory_spool, report.left_in_journal),
+        (25, 0)
+    );
+    first.close().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

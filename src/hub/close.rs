@@ -1,11 +1,23 @@
 //! Leaving well (C11): intake stops, what is in hand is finished or given
 //! back, lanes flush, and what stays behind is counted.
 
-use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, Shared},
+};
 use serde::Serialize;
+use tokio::task::JoinHandle;
 
-use super::{MessagingHub, lock};
+use super::{
+    MessagingHub,
+    lane::task::{LaneHandle, Status},
+    lock,
+};
 
 /// What a close left behind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -20,6 +32,31 @@ pub struct CloseReport {
     /// Subscriptions whose handlers outlived the grace period; their messages
     /// were given back.
     pub handlers_given_up: u64,
+}
+
+/// A closing that has begun, for everybody who waits for it.
+pub(super) type Closing = Shared<BoxFuture<'static, CloseReport>>;
+
+/// A lane that takes nothing more in. Its intake is not kept: the lane ends when all
+/// of that is gone.
+pub(super) struct Ending {
+    join: Option<JoinHandle<()>>,
+    status: Arc<Status>,
+    durable: bool,
+}
+
+impl Ending {
+    pub(super) fn of(lane: &LaneHandle) -> Self {
+        Self {
+            join: lock(&lane.join).take(),
+            status: lane.status.clone(),
+            durable: lane.durable,
+        }
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.join.as_ref().is_none_or(JoinHandle::is_finished)
+    }
 }
 
 /// What closing the files in the data folder gets at least.
@@ -40,9 +77,21 @@ impl MessagingHub {
     /// and get its report.
     ///
     /// # Cancel safety
-    /// Dropping the future interrupts the closing; the next call goes on with it.
+    /// Dropping the future abandons the report; the closing goes on, in a task of its
+    /// own.
     pub async fn close(&self, grace: Duration) -> CloseReport {
-        *self.0.closed.get_or_init(|| self.close_once(grace)).await
+        let closing = self.0.closed.get_or_init(|| {
+            let hub = self.clone();
+            let task = tokio::spawn(async move { hub.close_once(grace).await });
+            let report = async move {
+                task.await.unwrap_or_else(|error| {
+                    tracing::error!(%error, "the hub's closing ended without a report");
+                    CloseReport::default()
+                })
+            };
+            report.boxed().shared()
+        });
+        closing.clone().await
     }
 
     async fn close_once(&self, grace: Duration) -> CloseReport {
@@ -75,10 +124,14 @@ impl MessagingHub {
         report.left_in_memory_spool += scheduled.in_memory;
         report.scheduled = scheduled.kept;
         self.0.closing.cancel();
-        let lanes: Vec<_> = lock(&self.0.lanes).values().cloned().collect();
-        for lane in &lanes {
-            let join = lock(&lane.join).take();
-            if let Some(mut join) = join
+        // One that began since: from here on none can.
+        let late = self.stop_scheduler(start + grace).await;
+        report.left_in_memory_spool += late.in_memory;
+        report.scheduled += late.kept;
+        let mut lanes: Vec<Ending> = lock(&self.0.retired).drain(..).collect();
+        lanes.extend(lock(&self.0.lanes).values().map(|lane| Ending::of(lane)));
+        for lane in lanes {
+            if let Some(mut join) = lane.join
                 && tokio::time::timeout_at(start + grace, &mut join)
                     .await
                     .is_err()
@@ -95,7 +148,6 @@ impl MessagingHub {
                 report.left_in_memory_spool += left;
             }
         }
-        drop(lanes);
         lock(&self.0.lanes).clear();
         self.0.abandoned.cancel();
         self.0.tasks.close();
@@ -105,7 +157,10 @@ impl MessagingHub {
         let dead = lock(&self.0.dead).take();
         if let Some((letters, task)) = dead {
             drop(letters);
-            let _ = tokio::time::timeout_at(start + grace, task).await;
+            if let Ok(Ok(left)) = tokio::time::timeout_at(start + grace, task).await {
+                report.left_in_memory_spool += left.in_memory;
+                report.left_in_journal += left.kept;
+            }
         }
         // Nothing is handled after the spans.
         #[cfg(feature = "journal")]

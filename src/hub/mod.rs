@@ -64,7 +64,7 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{
             AtomicU64,
             Ordering::{Relaxed, Release},
@@ -74,7 +74,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use tokio::{
-    sync::{OnceCell, broadcast, watch},
+    sync::{broadcast, watch},
     task::JoinHandle,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -134,6 +134,8 @@ struct Inner {
     /// resolved.
     epoch: AtomicU64,
     lanes: Mutex<HashMap<LaneName, Arc<LaneHandle>>>,
+    /// Lanes of brokers that were replaced, until what they hold is moved.
+    retired: Mutex<Vec<close::Ending>>,
     budget: Arc<Budget>,
     /// Where spools are kept; none: in memory.
     #[cfg(feature = "journal")]
@@ -141,7 +143,7 @@ struct Inner {
     /// Where what groups handled is kept; none: in memory.
     #[cfg(feature = "journal")]
     memory: Mutex<Option<remember::Memory>>,
-    dead: Mutex<Option<(DeadLetters, JoinHandle<()>)>>,
+    dead: Mutex<Option<(DeadLetters, JoinHandle<dead::Unburied>)>>,
     /// What is remembered of dead letters between two looks.
     desk: Arc<Desk>,
     /// How many of the messages end there lately.
@@ -174,7 +176,7 @@ struct Inner {
     closing: CancellationToken,
     /// Every lane has ended, or nobody waits for one: no broker is waited for.
     abandoned: CancellationToken,
-    closed: OnceCell<CloseReport>,
+    closed: OnceLock<close::Closing>,
     next: AtomicU64,
     fallback_usages: Arc<AtomicU64>,
 }
@@ -242,6 +244,7 @@ impl MessagingHub {
             topics: Mutex::default(),
             epoch: AtomicU64::new(0),
             lanes: Mutex::default(),
+            retired: Mutex::default(),
             budget,
             #[cfg(feature = "journal")]
             spool_log: Mutex::default(),
@@ -271,7 +274,7 @@ impl MessagingHub {
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             abandoned: CancellationToken::new(),
-            closed: OnceCell::new(),
+            closed: OnceLock::new(),
             next: AtomicU64::new(1),
             fallback_usages: Arc::default(),
         }))
@@ -320,8 +323,12 @@ impl MessagingHub {
         // From here on no lane is made for what was resolved before; those that
         // were are swept below.
         self.0.epoch.fetch_add(1, Release);
-        // Lanes to a broker that was replaced end once what they hold is moved.
-        lock(&self.0.lanes).clear();
+        // Lanes to a broker that was replaced end once what they hold is moved; who
+        // closes the hub before that waits for them and counts what they have.
+        let replaced: Vec<_> = lock(&self.0.lanes).drain().map(|(_, lane)| lane).collect();
+        let mut retired = lock(&self.0.retired);
+        retired.retain(|lane| !lane.has_ended());
+        retired.extend(replaced.iter().map(|lane| close::Ending::of(lane)));
         self.watch_health();
         self.watch_dead_letters();
         self.fly_canaries();
