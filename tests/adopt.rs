@@ -180,6 +180,51 @@ async fn the_spool_of_a_dead_hub_drains_through_another_or_its_successor() {
     assert!(repeats <= 1_000, "{repeats} repeats");
 }
 
+/// A task that failed while its broker was away rests in the spool, for as long there
+/// as it would have rested at the broker.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_that_rests_in_an_adopted_spool_keeps_its_time() {
+    let rabbit = need!(Rabbit::start(RabbitVersion::V4).await);
+    let folders = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = hub(&rabbit, folders.0.path());
+    let second = hub(&rabbit, folders.1.path());
+    publish(&first, 0, 1).await;
+    let handed = first.lease(QUEUE, 1, Duration::from_secs(60)).await;
+    let done = first.at(&format!(
+        "/v1/deliveries/{}/ack",
+        handed[0]["token"].as_str().unwrap()
+    ));
+    let done = Client::new().post(done).send().await.unwrap();
+    assert!(done.status().is_success(), "{done:?}");
+    rabbit.kill().await;
+    publish(&first, 1, 2).await;
+    let handed = first.lease(QUEUE, 1, Duration::from_secs(60)).await;
+    assert_eq!(handed.len(), 1, "handed out while the broker is away");
+    let nack = first.at(&format!(
+        "/v1/deliveries/{}/nack",
+        handed[0]["token"].as_str().unwrap()
+    ));
+    let body = json!({"retry": "later", "reason": "not today"});
+    let nacked = Client::new().post(nack).json(&body).send().await.unwrap();
+    assert!(nacked.status().is_success(), "{nacked:?}");
+    first.signal("KILL");
+    drop(first);
+
+    let folder = folders.0.path().to_str().unwrap();
+    let adopted = second.run(&["--json", "spool", "adopt", folder]);
+    let said: Value = serde_json::from_slice(&adopted.stdout).unwrap();
+    assert_eq!((&said["moved"], &said["left"]), (&json!(1), &json!(0)));
+    let page: Value = reqwest::get(second.at("/v1/scheduled"))
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    let scheduled = page["scheduled"].as_array().unwrap();
+    assert_eq!(scheduled.len(), 1, "{page}");
+    assert_eq!(scheduled[0]["id"], "m1", "{page}");
+}
+
 /// Started without its brokers, by mistake or on purpose, a hub says what it
 /// leaves alone, and the next one with them still has it.
 #[tokio::test(flavor = "multi_thread")]

@@ -19,7 +19,7 @@ use super::{
     },
 };
 use crate::{
-    broker::Outcome,
+    broker::{Outcome, PublishOptions},
     error::{Error, ErrorCode, Result},
     message::Timestamp,
 };
@@ -171,6 +171,18 @@ impl MessagingHub {
     async fn enqueue_adopted(&self, name: &LaneName, mut entry: Entry) -> Result<Pending> {
         let resolved = self.entry(&name.topic)?;
         entry.marks.possible_duplicate = true;
+        let due = entry.due.filter(|due| *due > Timestamp::now());
+        if let Some(due) = due.filter(|_| self.can_schedule()) {
+            // A retry keeps its time, as it does over a restart.
+            let lane = LaneName {
+                lane: 0,
+                ..name.clone()
+            };
+            let patience = PublishOptions::default().timeout;
+            return self
+                .schedule(&resolved, lane, entry, due, patience, None)
+                .await;
+        }
         self.enqueue_kept(resolved, name, entry).await
     }
 }
