@@ -134,6 +134,11 @@ impl Core {
         *self.orders() = None;
     }
 
+    /// Whether its polling thread has left the group, though it may not be over yet.
+    pub(super) fn has_left(&self) -> bool {
+        self.orders().is_none()
+    }
+
     fn has_orders(&self) -> bool {
         let orders = self.orders();
         orders.as_ref().is_some_and(|o| !o.is_empty()) || self.abort.load(Ordering::Acquire)

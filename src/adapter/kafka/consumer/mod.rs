@@ -36,7 +36,7 @@ use self::{
 use super::{
     broker::Backend,
     client::{self, clamp_ms},
-    error::{failed, invalid},
+    error::{closed, failed, invalid},
     record,
 };
 use crate::{
@@ -54,9 +54,10 @@ pub(super) use self::{
 };
 
 /// The consumers of a broker that run.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Consumers {
-    running: Mutex<Vec<Running>>,
+    /// None once they are closed: one that came then would be stopped by nobody.
+    running: Mutex<Option<Vec<Running>>>,
     tasks: TaskTracker,
 }
 
@@ -70,11 +71,20 @@ struct Running {
     thread: JoinHandle<()>,
 }
 
+impl Default for Consumers {
+    fn default() -> Self {
+        Self {
+            running: Mutex::new(Some(Vec::new())),
+            tasks: TaskTracker::new(),
+        }
+    }
+}
+
 impl Consumers {
     /// Starts a consumer.
     ///
     /// # Errors
-    /// `INVALID_CONFIG` for options that Kafka does not have.
+    /// `INVALID_CONFIG` for options that Kafka does not have; that it is closed.
     pub(super) fn start(
         &self,
         backend: &Arc<Backend>,
@@ -85,8 +95,10 @@ impl Consumers {
         let (control, stopping, report) = ConsumerControl::new();
         // Held until this one is among them: no id is given twice.
         let mut running = self.running();
-        running.retain(|r| !r.thread.is_finished());
-        let instance = instance_id(&running, backend, options, plan.group.as_deref());
+        let running = running.as_mut().ok_or_else(closed)?;
+        // A thread is not over the moment it has reported its end.
+        running.retain(|r| !r.thread.is_finished() && !r.core.has_left());
+        let instance = instance_id(running, backend, options, plan.group.as_deref());
         let settings = plan.settings(backend, options, instance.as_deref())?;
         let core = Arc::new(Core::new(
             Arc::clone(&backend.link),
@@ -155,6 +167,7 @@ impl Consumers {
         let cores: Vec<_> = self
             .running()
             .iter()
+            .flatten()
             .filter(|r| r.group.as_deref() == Some(group) && !r.thread.is_finished())
             .map(|r| Arc::clone(&r.core))
             .collect();
@@ -181,7 +194,7 @@ impl Consumers {
 
     /// Stops all, waiting `grace` for readers to settle what they hold.
     pub(super) async fn close(&self, grace: Duration) {
-        let running: Vec<_> = std::mem::take(&mut *self.running());
+        let running = self.running().take().unwrap_or_default();
         for r in &running {
             r.stopping.cancel();
             r.core.wake();
@@ -207,7 +220,7 @@ impl Consumers {
         self.tasks.wait().await;
     }
 
-    fn running(&self) -> std::sync::MutexGuard<'_, Vec<Running>> {
+    fn running(&self) -> std::sync::MutexGuard<'_, Option<Vec<Running>>> {
         // Nothing under this lock can stop half-way.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
