@@ -125,7 +125,8 @@ async fn out_of_order(f: &Fixture, give_back: bool) -> Result<(), Failure> {
 
     let client = f.client().await?;
     let mut reader = f.reader(&client, &topic, &options).await?;
-    let got = reader.take_until_quiet().await;
+    let mut got = vec![reader.next().await?];
+    got.extend(reader.take_until_quiet().await);
     let seen: HashSet<_> = got.iter().map(|d| d.message.id.clone()).collect();
     ensure!(
         seen.contains(&ids[KEPT]),
@@ -246,7 +247,8 @@ pub(super) async fn a_stuck_reader_holds_a_bounded_number(f: Fixture) -> Result<
     let mut stuck = f.reader(&client, &topic, &f.limited(LIMIT)).await?;
     // Nobody reads while all this is published.
     f.publish_numbered(&client, &topic, MESSAGES).await?;
-    let held = stuck.take_until_quiet().await;
+    let mut held = vec![stuck.next().await?];
+    held.extend(stuck.take_until_quiet().await);
     ensure!(
         (1..=usize::from(LIMIT)).contains(&held.len()),
         "expected a stuck reader to hold 1 to {LIMIT} of {MESSAGES} messages, seen {}",
