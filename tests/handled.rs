@@ -104,9 +104,16 @@ async fn handle_and_die(rabbit: &Rabbit, queue: &str, data: &Path) {
         .post(hub.at("/v1/deliveries/ack"))
         .json(&json!({"tokens": tokens}))
         .send();
-    // The answer may wait for a broker that hears nothing. An id takes 24 bytes.
+    // The answer may wait for a broker that hears nothing. An id takes 24 bytes, and
+    // each write of some of them a little more: the last one is seen by that nothing
+    // follows it.
+    let last = std::cell::Cell::new((0, Instant::now()));
     let on_disk = wait::until(LIMIT, "the handled ids on the disk", async || {
-        written(data) >= before + TASKS * 24
+        let now = written(data);
+        if now != last.get().0 {
+            last.set((now, Instant::now()));
+        }
+        now >= before + TASKS * 24 && last.get().1.elapsed() > Duration::from_secs(1)
     });
     tokio::select! {
         () = on_disk => {}

@@ -96,11 +96,11 @@ async fn a_task_waits_on_rabbitmq_through_a_kill_and_is_handed_out_once() {
     let folder = tempfile::tempdir().unwrap();
     let first = hub(rabbit.url(), folder.path());
     let published = Instant::now();
-    let at = Duration::from_secs(6);
-    assert!(is_kept(&publish(&first, QUEUE, "soon", "6s").await));
+    let at = Duration::from_secs(20);
+    assert!(is_kept(&publish(&first, QUEUE, "soon", "20s").await));
     assert!(is_kept(&publish(&first, QUEUE, "off", "1h").await));
     // A repeat of the same id gets the first answer and is not a second task.
-    assert!(is_kept(&publish(&first, QUEUE, "soon", "6s").await));
+    assert!(is_kept(&publish(&first, QUEUE, "soon", "20s").await));
     assert_eq!(scheduled(&first).await, ["soon", "off"]);
     first.signal("KILL");
     drop(first);
@@ -140,7 +140,11 @@ async fn a_task_waits_on_rabbitmq_through_a_kill_and_is_handed_out_once() {
     let again = lease(&second, QUEUE, Duration::from_secs(20)).await;
     assert_eq!(again.len(), 1, "{again:?}");
     assert_eq!(again[0].0, "off");
-    assert_eq!(scheduled(&second).await, [""; 0]);
+    // It may be handed out before its publisher has heard that it was confirmed.
+    wait::until(LIMIT, "the schedule to let go of it", async || {
+        scheduled(&second).await.is_empty()
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -149,12 +153,13 @@ async fn what_is_due_while_the_broker_is_away_is_spooled_and_drained() {
     let mut rabbit = need!(Rabbit::start(RabbitVersion::V4).await);
     let folder = tempfile::tempdir().unwrap();
     let hub = hub(rabbit.url(), folder.path());
+    let due = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(20);
     for n in 0..TASKS {
-        assert!(is_kept(
-            &publish(&hub, QUEUE, &format!("t{n:02}"), "3s").await
-        ));
+        let id = format!("t{n:02}");
+        assert!(is_kept(&publish(&hub, QUEUE, &id, &due.to_string()).await));
     }
     rabbit.kill().await;
+    assert!(jiff::Timestamp::now() < due, "too slow: some are there");
     wait::until(LIMIT, "everything due to be spooled", async || {
         scheduled(&hub).await.is_empty() && hub.spooled().await == TASKS as u64
     })
@@ -239,8 +244,10 @@ async fn a_task_past_its_deadline_is_not_started() {
             .unwrap()
             .status()
     };
-    assert_eq!(post("near", "1s").await, StatusCode::OK);
-    assert_eq!(post("far", "1h").await, StatusCode::OK);
+    // The first publish of all opens its lane, and may be spooled for that.
+    let taken = [StatusCode::OK, StatusCode::ACCEPTED];
+    assert!(taken.contains(&post("far", "1h").await));
+    assert!(taken.contains(&post("near", "5s").await));
     let published = Instant::now();
     assert_eq!(
         post("past", "2020-01-01T00:00:00Z").await,
@@ -248,7 +255,7 @@ async fn a_task_past_its_deadline_is_not_started() {
     );
     // Until then nobody asks for it.
     wait::until(LIMIT, "the deadline", async || {
-        published.elapsed() > Duration::from_secs(1)
+        published.elapsed() > Duration::from_secs(5)
     })
     .await;
     let got = lease(&hub, QUEUE, Duration::from_secs(2)).await;

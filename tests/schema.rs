@@ -83,6 +83,14 @@ fn of_registry(format: SchemaFormat) -> SchemaSettings {
     }
 }
 
+/// A registry that has just started is slow.
+fn patient(url: &str) -> RegistrySettings {
+    RegistrySettings {
+        timeout: SOON,
+        ..RegistrySettings::at(url)
+    }
+}
+
 fn over_kafka(bootstrap: &str, registry: &str) -> MessagingConfig {
     let mut config = MessagingConfig {
         kafka: Some(KafkaConfig {
@@ -224,7 +232,7 @@ async fn avro_events_are_read_by_the_schema_that_they_name() {
     let kafka = need!(shared_kafka().await);
     let node = registry!();
     let url = node.url_via(node.port());
-    let registry = SchemaRegistry::new(RegistrySettings::at(&url)).unwrap();
+    let registry = SchemaRegistry::new(patient(&url)).unwrap();
     let topic = unique("events.avro");
     let subject = format!("{topic}-value");
     let id = registry
@@ -301,7 +309,7 @@ async fn while_the_registry_is_away_known_schemas_hold_and_others_are_waited_for
     let node = registry!();
     let direct = node.url_via(node.port());
     let proxy = TcpProxy::to_port(node.port()).await.unwrap();
-    let registry = SchemaRegistry::new(RegistrySettings::at(&direct)).unwrap();
+    let registry = SchemaRegistry::new(patient(&direct)).unwrap();
     let topic = unique("events.away");
     let subject = format!("{topic}-value");
     let format = SchemaFormat::Json;
@@ -309,6 +317,10 @@ async fn while_the_registry_is_away_known_schemas_hold_and_others_are_waited_for
         r#"{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","required":["n"]}"#;
     let stricter = r#"{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","required":["n","m"]}"#;
     registry.register(&subject, format, schema).await.unwrap();
+    // Else the registry's first answer of this kind is the hub's first, which it may
+    // not wait for that long.
+    let example = serde_json::json!({"n": 0});
+    registry.encode(&subject, &example).await.unwrap();
 
     let config = over_kafka(kafka.bootstrap(), &node.url_via(proxy.port()));
     let config = with_route(config, &topic, RouteKind::Event, of_registry(format));
@@ -360,7 +372,7 @@ async fn while_the_registry_is_away_known_schemas_hold_and_others_are_waited_for
 async fn a_file_that_does_not_go_with_its_subject_ends_the_start() {
     let node = registry!();
     let url = node.url_via(node.port());
-    let settings = RegistrySettings::at(&url);
+    let settings = patient(&url);
     let registry = SchemaRegistry::new(settings.clone()).unwrap();
     let put = reqwest::Client::new()
         .put(format!("{url}/config"))

@@ -46,12 +46,13 @@ def get(w, queue, within=20.0):
 
 
 def drain(w, queue, silence=1.5):
-    """Everything that is there."""
-    one, got = channel(w), []
+    """Everything that is there: silence, and a queue that says that it is empty."""
+    one, got, end = channel(w), [], time.monotonic() + 60
     for method, properties, body in one.consume(queue, auto_ack=True, inactivity_timeout=silence):
-        if method is None:
+        if method is not None:
+            got.append((properties, body))
+        elif depth(w, queue) == 0 or time.monotonic() > end:
             break
-        got.append((properties, body))
     one.cancel()
     one.close()
     return got

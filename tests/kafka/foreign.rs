@@ -31,6 +31,19 @@ pub(crate) async fn committed(bootstrap: &str, topics: &[&str]) -> Vec<Seen> {
     read(bootstrap, topics, "read_committed").await
 }
 
+/// The same, once so many are seen or it takes too long: Kafka answers a commit when it
+/// is decided, and readers see it when that is written to each partition.
+pub(crate) async fn committed_n(bootstrap: &str, topics: &[&str], n: usize) -> Vec<Seen> {
+    let until = std::time::Instant::now() + WAIT;
+    loop {
+        let seen = committed(bootstrap, topics).await;
+        if seen.len() >= n || std::time::Instant::now() > until {
+            return seen;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 /// Everything that was written, also what was aborted.
 pub(crate) async fn written(bootstrap: &str, topics: &[&str]) -> Vec<Seen> {
     read(bootstrap, topics, "read_uncommitted").await

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::{
     common::*,
-    foreign::{Ends, committed, written},
+    foreign::{Ends, committed, committed_n, written},
     process::Hub,
     support::{Kafka, need, shared_kafka, unique},
 };
@@ -84,8 +84,8 @@ async fn a_hub_that_is_killed_in_the_middle_of_a_batch_leaves_all_of_it_or_nothi
     let hub = start(&node, &id);
     let (status, answer) = post(&hub, &topic, "?atomic=true", &envelopes(99, 10)).await;
     assert_eq!(status, 200, "{answer}");
-    let seen = committed(node.bootstrap(), &[&topic]).await;
     assert!(began.elapsed() < WAIT, "{:?}", began.elapsed());
+    let seen = committed(node.bootstrap(), &[&topic]).await;
     let by_round = |seen: &[crate::foreign::Seen]| {
         let mut rounds: BTreeMap<usize, usize> = BTreeMap::new();
         for s in seen {
@@ -181,6 +181,7 @@ async fn over_http_and_on_the_command_line_an_array_is_published_as_one() {
     assert_eq!(answer.as_array().unwrap().len(), 2);
     let failed = publish("[{\"type\":\"c\"},{\"priority\":11}]");
     assert_eq!(failed.status.code(), Some(1));
-    assert_eq!(committed(node.bootstrap(), &[&topic]).await.len(), 52);
+    let seen = committed_n(node.bootstrap(), &[&topic], 52).await;
+    assert_eq!(seen.len(), 52);
     broker.close().await.unwrap();
 }

@@ -177,9 +177,13 @@ async fn a_static_member_that_kafka_forgot_in_a_crash_joins_again() {
     let mut bodies = Vec::new();
     while !bodies.contains(&"after".to_owned()) {
         // The first comes again: its position was forgotten too.
-        let got = take(&mut consumer, 1).await;
-        bodies.extend(got.iter().map(body));
-        ack_all(got).await;
+        for delivery in take(&mut consumer, 1).await {
+            let text = body(&delivery);
+            // One that the fenced client had fetched is not its any more, and comes again.
+            if delivery.ack().await.is_ok() {
+                bodies.push(text);
+            }
+        }
     }
     stop_consumer(consumer).await;
     broker.close().await.unwrap();

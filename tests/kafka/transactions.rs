@@ -24,7 +24,7 @@ use messaging_hub::{
 
 use crate::{
     common::*,
-    foreign::{committed, console, counts, written},
+    foreign::{committed, committed_n, console, counts, written},
     support::{Kafka, need, shared_kafka, unique},
 };
 
@@ -160,7 +160,7 @@ async fn a_batch_with_a_message_that_the_broker_refuses_leaves_nothing_visible()
     // The next one is whole, and the only one that is seen.
     let receipts = hub.publish_batch_atomic(&topic, round(1, 0..100)).await;
     assert_eq!(receipts.unwrap().len(), 100);
-    let seen = committed(node.bootstrap(), &[&topic]).await;
+    let seen = committed_n(node.bootstrap(), &[&topic], 100).await;
     assert_eq!(seen.len(), 100);
     assert!(seen.iter().all(|s| s.body.starts_with("1/")));
     let all = written(node.bootstrap(), &[&topic]).await.len();
@@ -201,7 +201,7 @@ async fn whoever_opens_an_id_later_fences_whoever_opened_it_before() {
     let error = commit_one(&early, &topic, "d").await.unwrap_err();
     assert_eq!(error.code(), ErrorCode::TransactionFenced, "{error}");
     commit_one(&late, &topic, "e").await.unwrap();
-    let seen = committed(node.bootstrap(), &[&topic]).await;
+    let seen = committed_n(node.bootstrap(), &[&topic], 3).await;
     let bodies: Vec<&str> = seen.iter().map(|s| s.body.as_str()).collect();
     assert_eq!(bodies, ["a", "c", "e"]);
     // Opened again it fences the other.
@@ -300,7 +300,8 @@ async fn what_cannot_be_published_as_one_is_refused_and_nothing_is_sent() {
             first
         );
     }
-    assert_eq!(committed(node.bootstrap(), &[&topic]).await.len(), 400);
+    let seen = committed_n(node.bootstrap(), &[&topic], 400).await;
+    assert_eq!(seen.len(), 400);
     close(hub).await;
 }
 
@@ -410,7 +411,8 @@ async fn while_kafka_is_away_a_batch_is_an_error_and_never_spooled() {
         }
     }
     last.expect("it goes on");
-    let seen = committed(node.bootstrap(), &[&topic]).await;
+    let whole = 100 * (1 + outcomes.iter().filter(|(_, o)| o.is_ok()).count());
+    let seen = committed_n(node.bootstrap(), &[&topic], whole).await;
     let by_round = counts(
         seen.into_iter()
             .map(|s| s.body.split('/').next().unwrap().into()),

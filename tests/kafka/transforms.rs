@@ -6,7 +6,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -283,8 +283,15 @@ async fn members_share_a_transform_and_a_rebalance_in_the_middle_doubles_nothing
     fill(&broker, &from, 2000).await;
     let (first, second) = (hub_over(&broker), hub_over(&other));
     let (group, id) = (unique("g"), unique("t"));
+    // How many the first has handled, and whether the second has any yet: the first
+    // does not finish alone, however late the second comes.
+    let (handled, shared) = (
+        Arc::new(AtomicUsize::new(0)),
+        Arc::new(AtomicBool::new(false)),
+    );
     let start = |hub: MessagingHub, member: usize| {
         let (to, from, group, id) = (to.clone(), from.clone(), group.clone(), id.clone());
+        let (handled, shared) = (handled.clone(), shared.clone());
         async move {
             let options = SubscribeOptions {
                 max_poll_records: 200,
@@ -296,7 +303,17 @@ async fn members_share_a_transform_and_a_rebalance_in_the_middle_doubles_nothing
                 &format!("{id}-{member}"),
                 move |received: Received| {
                     let to = to.to_string();
+                    let (handled, shared) = (handled.clone(), shared.clone());
                     async move {
+                        match member {
+                            1 => {
+                                let late = handled.fetch_add(1, Ordering::SeqCst) >= 1_000;
+                                while late && !shared.load(Ordering::SeqCst) {
+                                    tokio::time::sleep(Duration::from_millis(10)).await;
+                                }
+                            }
+                            _ => shared.store(true, Ordering::SeqCst),
+                        }
                         // Longer than a rebalance may be kept waiting, for a batch.
                         tokio::time::sleep(Duration::from_millis(10)).await;
                         let made = copy(&received).with_header("member", member.to_string());
