@@ -33,9 +33,6 @@ const KEYS: u64 = 50;
 /// How long publishing goes on after the recovery.
 const AFTERWARDS: Duration = Duration::from_secs(10);
 const RECOVERY: Duration = Duration::from_secs(60);
-/// How long moving back may take beside publishes at `RATE`: a slow machine is hardly
-/// faster than that, and its broker takes long to start.
-const DRAIN: Duration = Duration::from_secs(180);
 
 fn hash(bytes: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
@@ -273,7 +270,7 @@ async fn drive(
     let returning = Instant::now();
     restart().await;
     let is_back = async || spooled(system) == 0 && worst(system, kind) == LaneState::Primary;
-    wait::until(DRAIN, "an empty spool while publishing goes on", is_back).await;
+    wait::until(RECOVERY, "an empty spool while publishing goes on", is_back).await;
     // The run goes on for this long after the recovery, counted in messages.
     let goal = published() + u64::from(RATE) * AFTERWARDS.as_secs();
     wait::until(RECOVERY, "publishes after the recovery", async || {

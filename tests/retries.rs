@@ -43,7 +43,7 @@ const RESTS: [Duration; 3] = [
     Duration::from_secs(3),
 ];
 /// What a busy machine may add.
-const SLACK: Duration = Duration::from_secs(6);
+const SLACK: Duration = Duration::from_millis(2_500);
 
 /// When a message was handed to the handler, what it was, and how often it had
 /// been retried.
