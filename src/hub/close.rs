@@ -34,6 +34,15 @@ pub struct CloseReport {
     pub handlers_given_up: u64,
 }
 
+/// Accepted messages that stay behind when a task of the hub ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Left {
+    /// In memory only: lost with the process.
+    pub(super) in_memory: u64,
+    /// On the disk, for the next process.
+    pub(super) kept: u64,
+}
+
 /// A closing that has begun, for everybody who waits for it.
 pub(super) type Closing = Shared<BoxFuture<'static, CloseReport>>;
 

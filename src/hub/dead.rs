@@ -19,7 +19,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::lane::keeper::Release;
+use super::{close::Left, lane::keeper::Release};
 use crate::{
     broker::{MessageBroker, Settlement, Verdict},
     error::ErrorCode,
@@ -36,15 +36,6 @@ struct Letter {
     then: Then,
     /// It was said already that it cannot be kept.
     told: bool,
-}
-
-/// Accepted messages whose letters could not be kept until the end.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Unburied {
-    /// They were in memory only.
-    pub(crate) in_memory: u64,
-    /// They stay on the disk.
-    pub(crate) kept: u64,
 }
 
 /// What the letter's lane waits for.
@@ -83,8 +74,8 @@ const ENOUGH: usize = 4_096;
 impl DeadLetters {
     /// Starts the task; it ends when every clone is gone. A spooled message whose letter
     /// cannot be kept now (no room, a disk that fails) is tried again until then: it
-    /// is in no lane any more.
-    pub(crate) fn start(broker: Arc<dyn MessageBroker>) -> (Self, JoinHandle<Unburied>) {
+    /// is in no lane any more. What cannot be kept until the end is told.
+    pub(crate) fn start(broker: Arc<dyn MessageBroker>) -> (Self, JoinHandle<Left>) {
         // Lanes hand over without waiting; `room` holds them back before they
         // come to have more.
         let (letters, mut rx) = mpsc::unbounded_channel::<Letter>();
@@ -117,7 +108,7 @@ impl DeadLetters {
                 // Counted on: with many of them no lane reads more of its spool.
                 stuck.extend(back);
             }
-            let mut left = Unburied::default();
+            let mut left = Left::default();
             let last = stuck.drain(..).map(|letter| keep(&*broker, letter));
             for letter in join_all(last).await.into_iter().flatten() {
                 match letter.then {
@@ -318,7 +309,7 @@ mod tests {
         fill().await;
         bury();
         drop(letters);
-        let left = Unburied {
+        let left = Left {
             in_memory: 1,
             kept: 0,
         };

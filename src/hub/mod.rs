@@ -143,7 +143,7 @@ struct Inner {
     /// Where what groups handled is kept; none: in memory.
     #[cfg(feature = "journal")]
     memory: Mutex<Option<remember::Memory>>,
-    dead: Mutex<Option<(DeadLetters, JoinHandle<dead::Unburied>)>>,
+    dead: Mutex<Option<(DeadLetters, JoinHandle<close::Left>)>>,
     /// What is remembered of dead letters between two looks.
     desk: Arc<Desk>,
     /// How many of the messages end there lately.
@@ -325,10 +325,11 @@ impl MessagingHub {
         self.0.epoch.fetch_add(1, Release);
         // Lanes to a broker that was replaced end once what they hold is moved; who
         // closes the hub before that waits for them and counts what they have.
-        let replaced: Vec<_> = lock(&self.0.lanes).drain().map(|(_, lane)| lane).collect();
+        let replaced = std::mem::take(&mut *lock(&self.0.lanes));
         let mut retired = lock(&self.0.retired);
         retired.retain(|lane| !lane.has_ended());
-        retired.extend(replaced.iter().map(|lane| close::Ending::of(lane)));
+        retired.extend(replaced.values().map(|lane| close::Ending::of(lane)));
+        drop(retired);
         self.watch_health();
         self.watch_dead_letters();
         self.fly_canaries();

@@ -28,7 +28,6 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-pub(super) use self::task::Left;
 use self::{
     shelf::{Limits, Waiting},
     task::{ASKS_BOUND, Add, Ask, Found, Held, Parts, Status, Task},
@@ -36,6 +35,7 @@ use self::{
 use super::{
     MessagingHub,
     accepted::Seen,
+    close::Left,
     lock,
     publish::TopicEntry,
     publisher::{Pending, State},

@@ -35,6 +35,7 @@ use crate::{
     hub::{
         Inner, MessagingHub,
         accepted::Seen,
+        close::Left,
         dead::DeadLetters,
         pending,
         publisher::Pending,
@@ -122,15 +123,6 @@ pub(super) enum Ask {
 pub(super) struct Status {
     pub(super) messages: AtomicU64,
     pub(super) bytes: AtomicU64,
-}
-
-/// What stays when the task ends.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Left {
-    /// In memory only: lost with the process.
-    pub(crate) in_memory: u64,
-    /// In the store, for the next process.
-    pub(crate) kept: u64,
 }
 
 /// A message that an earlier process left.
