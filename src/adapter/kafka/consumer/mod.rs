@@ -96,8 +96,8 @@ impl Consumers {
         // Held until this one is among them: no id is given twice.
         let mut running = self.running();
         let running = running.as_mut().ok_or_else(closed)?;
-        // A thread is not over the moment it has reported its end.
-        running.retain(|r| !r.thread.is_finished() && !r.core.has_left());
+        // Said before it reports its end, which its thread outlives for a moment.
+        running.retain(|r| !r.core.has_left());
         let instance = instance_id(running, backend, options, plan.group.as_deref());
         let settings = plan.settings(backend, options, instance.as_deref())?;
         let core = Arc::new(Core::new(
@@ -168,7 +168,7 @@ impl Consumers {
             .running()
             .iter()
             .flatten()
-            .filter(|r| r.group.as_deref() == Some(group) && !r.thread.is_finished())
+            .filter(|r| r.group.as_deref() == Some(group))
             .map(|r| Arc::clone(&r.core))
             .collect();
         let mut carried_out = Vec::new();
