@@ -146,6 +146,16 @@ impl Reader {
         taken
     }
 
+    /// The same, of a reader to which something must come.
+    ///
+    /// # Errors
+    /// When nothing comes.
+    pub async fn take_some_until_quiet(&mut self) -> Result<Vec<Delivery>, Failure> {
+        let mut taken = vec![self.next().await?];
+        taken.extend(self.take_until_quiet().await);
+        Ok(taken)
+    }
+
     /// Gives back what is unsettled here and stops.
     ///
     /// # Errors

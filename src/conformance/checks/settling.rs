@@ -125,8 +125,7 @@ async fn out_of_order(f: &Fixture, give_back: bool) -> Result<(), Failure> {
 
     let client = f.client().await?;
     let mut reader = f.reader(&client, &topic, &options).await?;
-    let mut got = vec![reader.next().await?];
-    got.extend(reader.take_until_quiet().await);
+    let got = reader.take_some_until_quiet().await?;
     let seen: HashSet<_> = got.iter().map(|d| d.message.id.clone()).collect();
     ensure!(
         seen.contains(&ids[KEPT]),
@@ -219,8 +218,7 @@ pub(super) async fn unsettled_messages_are_bounded_and_acks_resume(
         .collect();
     let mut reader = f.reader(&client, &topic, &f.limited(LIMIT)).await?;
     while !ids.is_empty() {
-        let mut got = vec![reader.next().await?];
-        got.extend(reader.take_until_quiet().await);
+        let got = reader.take_some_until_quiet().await?;
         ensure!(
             got.len() <= usize::from(LIMIT),
             "expected at most {LIMIT} unsettled messages, seen {}",
@@ -247,8 +245,7 @@ pub(super) async fn a_stuck_reader_holds_a_bounded_number(f: Fixture) -> Result<
     let mut stuck = f.reader(&client, &topic, &f.limited(LIMIT)).await?;
     // Nobody reads while all this is published.
     f.publish_numbered(&client, &topic, MESSAGES).await?;
-    let mut held = vec![stuck.next().await?];
-    held.extend(stuck.take_until_quiet().await);
+    let held = stuck.take_some_until_quiet().await?;
     ensure!(
         (1..=usize::from(LIMIT)).contains(&held.len()),
         "expected a stuck reader to hold 1 to {LIMIT} of {MESSAGES} messages, seen {}",
