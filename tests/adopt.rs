@@ -13,7 +13,7 @@ use futures_util::StreamExt;
 use process::Hub;
 use reqwest::Client;
 use serde_json::{Value, json};
-use support::{Rabbit, RabbitVersion, need, wait};
+use support::{Rabbit, RabbitVersion, need, vacant_port, wait};
 
 const QUEUE: &str = "helixagent.tasks.llm";
 const KEYS: usize = 20;
@@ -190,12 +190,7 @@ async fn a_retry_that_rests_in_an_adopted_spool_keeps_its_time() {
     let second = hub(&rabbit, folders.1.path());
     publish(&first, 0, 1).await;
     let handed = first.lease(QUEUE, 1, Duration::from_secs(60)).await;
-    let done = first.at(&format!(
-        "/v1/deliveries/{}/ack",
-        handed[0]["token"].as_str().unwrap()
-    ));
-    let done = Client::new().post(done).send().await.unwrap();
-    assert!(done.status().is_success(), "{done:?}");
+    first.ack(&handed).await;
     rabbit.kill().await;
     publish(&first, 1, 2).await;
     let handed = first.lease(QUEUE, 1, Duration::from_secs(60)).await;
@@ -214,15 +209,7 @@ async fn a_retry_that_rests_in_an_adopted_spool_keeps_its_time() {
     let adopted = second.run(&["--json", "spool", "adopt", folder]);
     let said: Value = serde_json::from_slice(&adopted.stdout).unwrap();
     assert_eq!((&said["moved"], &said["left"]), (&json!(1), &json!(0)));
-    let page: Value = reqwest::get(second.at("/v1/scheduled"))
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
-    let scheduled = page["scheduled"].as_array().unwrap();
-    assert_eq!(scheduled.len(), 1, "{page}");
-    assert_eq!(scheduled[0]["id"], "m1", "{page}");
+    assert_eq!(second.scheduled().await, ["m1"]);
 }
 
 /// Started without its brokers, by mistake or on purpose, a hub says what it
@@ -231,10 +218,7 @@ async fn a_retry_that_rests_in_an_adopted_spool_keeps_its_time() {
 async fn a_spool_that_this_configuration_does_not_drain_is_told_and_kept() {
     const SPOOLED: usize = 50;
     // Nobody listens there: the broker is away.
-    let port = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap().port()
-    };
+    let port = vacant_port();
     let url = format!("amqp://guest:guest@127.0.0.1:{port}/%2f");
     let folder = tempfile::tempdir().unwrap();
     let data = ["--data", folder.path().to_str().unwrap()];

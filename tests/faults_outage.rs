@@ -33,7 +33,7 @@ use messaging_hub::{
     topology::{Topology, TopologyMode},
 };
 use reqwest::StatusCode;
-use support::{Kafka, Rabbit, RabbitVersion, need, shared_rabbit, unique, wait};
+use support::{Kafka, Rabbit, RabbitVersion, need, shared_rabbit, unique, vacant_port, wait};
 
 const SOON: Duration = Duration::from_secs(30);
 /// A server that was killed may take this long to serve again.
@@ -294,10 +294,7 @@ async fn fault_20_an_outage_is_told_and_nothing_is_sent_again_at_each_reconnect(
 /// closes again after giving up.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_for_a_replaced_broker_is_counted_at_the_close() {
-    let nobody = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap().port()
-    };
+    let nobody = vacant_port();
     let away = || {
         let config = at_rabbitmq(&format!("amqp://guest:guest@127.0.0.1:{nobody}/%2f"));
         RabbitMqBroker::new(config, Arc::default(), TopologyMode::Apply)

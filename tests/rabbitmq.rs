@@ -493,9 +493,7 @@ async fn a_dead_letter_names_the_topic_that_it_comes_from() {
         delivery.dead_letter("gave_up", "at once").await.unwrap();
         wanted.push(queue.to_string());
     }
-    let connection =
-        lapin::Connection::connect(rabbit.url(), lapin::ConnectionProperties::default());
-    let channel = connection.await.unwrap().create_channel().await.unwrap();
+    let channel = raw(rabbit.url()).await.create_channel().await.unwrap();
     let mut named = Vec::new();
     for _ in &wanted {
         let options = lapin::options::BasicGetOptions { no_ack: true };

@@ -34,10 +34,20 @@ pub(crate) async fn committed(bootstrap: &str, topics: &[&str]) -> Vec<Seen> {
 /// The same, once so many are seen or it takes too long: Kafka answers a commit when it
 /// is decided, and readers see it when that is written to each partition.
 pub(crate) async fn committed_n(bootstrap: &str, topics: &[&str], n: usize) -> Vec<Seen> {
-    let until = std::time::Instant::now() + WAIT;
+    committed_when(bootstrap, topics, WAIT, |seen| seen.len() >= n).await
+}
+
+/// The same, for what is enough.
+pub(crate) async fn committed_when(
+    bootstrap: &str,
+    topics: &[&str],
+    within: Duration,
+    is_enough: impl Fn(&[Seen]) -> bool,
+) -> Vec<Seen> {
+    let until = std::time::Instant::now() + within;
     loop {
         let seen = committed(bootstrap, topics).await;
-        if seen.len() >= n || std::time::Instant::now() > until {
+        if is_enough(&seen) || std::time::Instant::now() > until {
             return seen;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;

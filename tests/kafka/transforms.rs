@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use messaging_hub::{
@@ -20,7 +20,7 @@ use messaging_hub::{
 
 use crate::{
     common::*,
-    foreign::{Seen, committed, counts},
+    foreign::{Seen, committed, committed_when, counts},
     support::{Kafka, need, shared_kafka, unique},
     transactions::hub_over,
 };
@@ -49,15 +49,9 @@ async fn fill(broker: &messaging_hub::adapter::kafka::KafkaBroker, topic: &Topic
 
 /// Waits until so many are seen, and gives them.
 async fn until_seen(bootstrap: &str, topic: &str, n: usize, within: Duration) -> Vec<Seen> {
-    let until = Instant::now() + within;
-    loop {
-        let seen = committed(bootstrap, &[topic]).await;
-        if seen.len() >= n {
-            return seen;
-        }
-        assert!(Instant::now() < until, "{} of {n} were seen", seen.len());
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    let seen = committed_when(bootstrap, &[topic], within, |seen| seen.len() >= n).await;
+    assert!(seen.len() >= n, "{} of {n} were seen", seen.len());
+    seen
 }
 
 fn once_each(seen: &[Seen], n: usize) {
@@ -228,23 +222,14 @@ async fn what_fails_is_tried_again_and_buried_within_the_transaction() {
         .await
         .unwrap();
     until_seen(node.bootstrap(), &to, 196, 2 * WAIT).await;
-    let dead = |seen: Vec<Seen>| -> Vec<Seen> {
-        seen.into_iter()
-            .filter(|s| {
-                s.headers.get("hub-original-topic").map(String::as_str) == Some(from.as_str())
-            })
-            .collect()
-    };
-    let letters = "helixagent.dlq.events";
-    let until = Instant::now() + WAIT;
-    let buried = loop {
-        let buried = dead(committed(node.bootstrap(), &[letters]).await);
-        if buried.len() >= 4 {
-            break buried;
-        }
-        assert!(Instant::now() < until, "{} of 4 are buried", buried.len());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    };
+    let is_ours =
+        |s: &Seen| s.headers.get("hub-original-topic").map(String::as_str) == Some(from.as_str());
+    let letters = ["helixagent.dlq.events"];
+    let mut buried = committed_when(node.bootstrap(), &letters, WAIT, |seen| {
+        seen.iter().filter(|s| is_ours(s)).count() >= 4
+    })
+    .await;
+    buried.retain(is_ours);
     transform.unsubscribe().await;
     let reasons: BTreeMap<&str, &str> = buried
         .iter()

@@ -100,6 +100,14 @@ impl Hub {
         routes.filter_map(|r| r["spool"]["messages"].as_u64()).sum()
     }
 
+    /// The ids of what is scheduled, by their times.
+    pub async fn scheduled(&self) -> Vec<String> {
+        let page = reqwest::get(self.at("/v1/scheduled")).await.unwrap();
+        let page: serde_json::Value = page.json().await.unwrap();
+        let ids = page["scheduled"].as_array().unwrap().iter();
+        ids.map(|s| s["id"].as_str().unwrap().to_owned()).collect()
+    }
+
     /// What a queue hands out within `wait`.
     pub async fn lease(&self, queue: &str, max: usize, wait: Duration) -> Vec<serde_json::Value> {
         let leased = self.try_lease(queue, max, wait).await;
