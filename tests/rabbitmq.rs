@@ -1380,6 +1380,55 @@ async fn a_silent_server_is_noticed_and_joined_again() {
     broker.close().await.unwrap();
 }
 
+/// RabbitMQ 4 with Mnesia answers a declare of a classic queue before it is decided on
+/// the disk, now and then two seconds before; killed meanwhile it forgets the queue and
+/// what it confirmed. What the node has on its disk is what a kill leaves.
+#[tokio::test]
+async fn a_declared_queue_is_on_the_disk() {
+    let rabbit = need!(Rabbit::start(RabbitVersion::V4).await);
+    let broker = connected(config(rabbit.url()), Topology::default()).await;
+    let options = QueueOptions {
+        queue_type: Some(QueueType::Classic),
+        ..QueueOptions::default()
+    };
+    for n in 0..200 {
+        let name = format!("tasks.declared.{n}.end");
+        let queue = Topic::new(&name).unwrap();
+        broker.declare_queue(&queue, &options).await.unwrap();
+        assert!(decided(&rabbit.info().dir, name.as_bytes()), "{name}");
+        broker.delete_queue(&queue).await.unwrap();
+    }
+    broker.close().await.unwrap();
+}
+
+/// Whether Mnesia's log, or the table that it was moved to, says that what was made
+/// under this name is decided. The log is a chain of (length, magic, term).
+fn decided(node: &std::path::Path, name: &[u8]) -> bool {
+    let has = |bytes: &[u8], word: &[u8]| bytes.windows(word.len()).any(|w| w == word);
+    let files = |name: &str| {
+        let mut folders = std::fs::read_dir(node.join("mnesia")).unwrap();
+        folders.find_map(|f| std::fs::read(f.unwrap().path().join(name)).ok())
+    };
+    let mut prepared = false;
+    for log in ["PREVIOUS.LOG", "LATEST.LOG"] {
+        let Some(log) = files(log) else { continue };
+        let mut rest = log.get(8..).unwrap_or_default();
+        while let Some((head, tail)) = rest.split_at_checked(8) {
+            let length = u32::from_be_bytes(head[..4].try_into().unwrap()) as usize;
+            let Some((term, after)) = tail.split_at_checked(length) else {
+                break;
+            };
+            let named = has(term, name);
+            prepared |= named;
+            if (named && has(term, b"presume_commit")) || (prepared && has(term, b"committed")) {
+                return true;
+            }
+            rest = after;
+        }
+    }
+    !prepared && files("rabbit_durable_queue.DCD").is_some_and(|table| has(&table, name))
+}
+
 #[tokio::test]
 async fn a_full_queue_is_overload_and_not_a_refusal() {
     for version in RabbitVersion::ALL {

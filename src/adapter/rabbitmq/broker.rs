@@ -285,7 +285,7 @@ impl TaskQueueBroker for RabbitMqBroker {
             )
             .on(name));
         }
-        topology::declare_queue(&link, name, options)
+        topology::declare_queue(&self.shared.topology, &link, name, options)
             .await
             .map_err(|e| e.on(name))?;
         self.shared.recorder.queues_declared.inc();
