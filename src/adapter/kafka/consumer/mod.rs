@@ -19,7 +19,7 @@ use std::{
     collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rdkafka::{ClientConfig, config::FromClientConfigAndContext, consumer::Consumer as _};
@@ -136,6 +136,7 @@ impl Consumers {
             assigned: HashSet::new(),
             topics: record::Topics::default(),
             missing_since: None,
+            next_look: Instant::now(),
             ends: Ends::new(options.stream.until.as_ref()),
         };
         let thread = std::thread::Builder::new()

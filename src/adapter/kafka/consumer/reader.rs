@@ -57,6 +57,8 @@ pub(super) struct Reader {
     /// Since when the cluster says that it has no such topic; only a reader with an
     /// end minds, another waits for the topic to come.
     pub(super) missing_since: Option<Instant>,
+    /// When the topics are looked at again.
+    pub(super) next_look: Instant,
 }
 
 /// Orders are taken for as long as this is there, also on a thread that panics.
@@ -93,12 +95,11 @@ impl Reader {
 
     fn read(&mut self) -> Result<(), String> {
         let mut full_since: Option<Instant> = None;
-        let mut next_look = Instant::now();
         while !self.stopping.is_cancelled() {
             self.obey();
             self.store();
-            if !self.core.member && Instant::now() >= next_look {
-                next_look = Instant::now() + self.look();
+            if !self.core.member && Instant::now() >= self.next_look {
+                self.next_look = Instant::now() + self.look();
                 if self
                     .missing_since
                     .is_some_and(|since| since.elapsed() >= BELIEVED)
@@ -149,8 +150,13 @@ impl Reader {
                     break;
                 }
                 Some(Err(error)) => {
-                    if let Some(why) = self.fatal(&error) {
+                    if let Some(why) = fatal(&error, self.core.reset) {
                         return Err(why);
+                    }
+                    if self.ends.is_bounded() && is_missing(&error) {
+                        // A cluster that starts may say so of a topic that it has;
+                        // the look asks for long enough.
+                        self.next_look = self.next_look.min(Instant::now() + LOOK_AGAIN);
                     }
                     tracing::debug!(target: "messaging_hub::kafka", %error, "consuming");
                     break;
@@ -213,18 +219,6 @@ impl Reader {
         }
     }
 
-    fn fatal(&self, error: &KafkaError) -> Option<String> {
-        // Who reads for ever waits for the topic to come back.
-        let gone = matches!(
-            raw_code(error),
-            Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition)
-        );
-        if gone && self.ends.is_bounded() {
-            return Some(DELETED.to_owned());
-        }
-        fatal(error, self.core.reset)
-    }
-
     /// Reports whether the broker has the subscription.
     fn tell(&self) {
         let active = self.core.joined.load(Ordering::Acquire) && self.core.link.is_up();
@@ -258,6 +252,8 @@ impl Reader {
             }
             Err(error) => {
                 tracing::debug!(target: "messaging_hub::kafka", %error, "positions not known yet");
+                // Nobody says any more that it is missing.
+                self.missing_since = None;
                 LOOK_AGAIN
             }
         }
@@ -436,6 +432,14 @@ pub(in crate::adapter::kafka) fn fatal(error: &KafkaError, reset: OffsetReset) -
         }
         _ => None,
     }
+}
+
+/// Whether an error says that there is no such topic.
+fn is_missing(error: &KafkaError) -> bool {
+    matches!(
+        raw_code(error),
+        Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition)
+    )
 }
 
 /// Whether a topic is not one of Kafka's own.
