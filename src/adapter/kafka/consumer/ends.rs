@@ -41,6 +41,13 @@ impl Ends {
             .is_none_or(|left| left.contains_key(&partition))
     }
 
+    /// Whether a partition that is to be read is not among those that there are.
+    pub(super) fn misses(&self, there: &[i32]) -> bool {
+        self.left
+            .as_ref()
+            .is_some_and(|left| left.keys().any(|p| !there.contains(p)))
+    }
+
     /// Reading begins there. False when that is the end already.
     pub(super) fn begin(&mut self, partition: i32, offset: i64) -> bool {
         let Some(left) = &mut self.left else {
@@ -86,6 +93,16 @@ impl Ends {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_partition_that_is_not_there_is_missed_until_it_was_read() {
+        let mut ends = ends(&[(0, 1), (4, 1)]);
+        assert!(!ends.misses(&[0, 1, 2, 3, 4]));
+        assert!(ends.misses(&[0, 1]));
+        ends.reach(4);
+        assert!(!ends.misses(&[0, 1]));
+        assert!(!Ends::new(None).misses(&[]));
+    }
 
     fn ends(until: &[(i32, i64)]) -> Ends {
         Ends::new(Some(&until.iter().copied().collect()))

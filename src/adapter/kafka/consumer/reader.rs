@@ -264,9 +264,13 @@ impl Reader {
         let metadata = self
             .client
             .fetch_metadata(literal.as_ref().map(|t| t.as_str()), METADATA)?;
-        let unknown = metadata.topics().iter().any(|t| {
-            t.error()
-                .is_some_and(|e| Code::from(e) == Code::UnknownTopicOrPartition)
+        let unknown = metadata.topics().iter().any(|t| match t.error() {
+            Some(e) => Code::from(e) == Code::UnknownTopicOrPartition,
+            // Deleted and made again with fewer: nothing more is said of the others.
+            None => {
+                let there: Vec<i32> = t.partitions().iter().map(|p| p.id()).collect();
+                self.ends.misses(&there)
+            }
         });
         self.missing_since = (unknown && self.ends.is_bounded())
             .then(|| self.missing_since.unwrap_or_else(Instant::now));
