@@ -410,6 +410,32 @@ async fn a_group_that_resumes_behind_what_it_was_given_gets_it_again() {
     }
 }
 
+/// The hub may hear of a broken connection much later than its client, who asks again
+/// at once: the stream that it lost ends, and its group goes back to the cursor.
+#[tokio::test]
+async fn a_client_that_resumes_ends_the_stream_that_it_lost() {
+    let hub = Hub::start();
+    for id in ["l1", "l2", "l3"] {
+        let body = json!({"id": id, "key": "same"}).to_string();
+        let answer = post(&hub, "user.created", ENVELOPE, body).await;
+        assert_eq!(answer.status(), 200);
+    }
+    let query = [("pattern", "user.created"), ("group", "lost")];
+    let mut lost = Events::open(&hub, &query, None).await;
+    let (cursor, _) = lost.next().await.unwrap();
+    assert_eq!(lost.ids(2).await, ["l2", "l3"]);
+    // Its connection stands; nothing tells the hub that nobody reads it any more. Nor
+    // does anybody read the next one.
+    let mut also_lost = Events::open(&hub, &query, Some(&cursor)).await;
+    assert!(lost.next().await.is_none(), "the lost stream goes on");
+    assert_eq!(also_lost.ids(2).await, ["l2", "l3"]);
+    let mut events = Events::open(&hub, &query, Some(&cursor)).await;
+    assert!(also_lost.next().await.is_none(), "the next one goes on");
+    assert_eq!(events.ids(2).await, ["l2", "l3"]);
+    publish(&hub, "user.created", "l4").await;
+    assert_eq!(events.ids(1).await, ["l4"]);
+}
+
 #[tokio::test]
 async fn with_ack_cursor_only_what_the_client_commits_is_done() {
     let hub = Hub::start();

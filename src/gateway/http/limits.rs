@@ -63,6 +63,13 @@ pub(super) const HEARTBEAT: Duration = Duration::from_secs(15);
 /// How long a stream may take to become live before it is refused.
 pub(super) const STREAM_START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a group that is to go back to a cursor may be in no state for it, as while
+/// Kafka waits for a static member (`kafka.session_timeout`, 10 s by default).
+pub(super) const STREAM_RESUME_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How often that is tried.
+pub(super) const STREAM_RESUME_AGAIN: Duration = Duration::from_millis(200);
+
 /// How long a client is told to wait before it reconnects a stream, in
 /// milliseconds.
 pub(super) const STREAM_RETRY_MS: u64 = 1000;

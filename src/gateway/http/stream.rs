@@ -19,13 +19,14 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::{BufMut, Bytes, BytesMut};
-use futures_util::StreamExt;
+use futures_util::{StreamExt, future::join_all};
 use serde::Deserialize;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval_at, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     App,
@@ -34,7 +35,7 @@ use super::{
     limits,
     positions::{self, End, Primaries},
     problem::Problem,
-    streams::Commit,
+    streams::{Commit, Entered},
 };
 use crate::{
     broker::{Consumer, Delivery, OffsetReset, StartFrom, SubscribeOptions},
@@ -121,23 +122,36 @@ pub(super) async fn stream(
         stream: MessageId::generate().as_str().to_owned(),
         ..Cursor::default()
     };
-    let options = begin(&app, &pattern, ask.group.as_deref(), from, &mut cursor).await?;
-    let commits = match (&ask.group, ask.ack) {
-        (Some(group), AckMode::Cursor) => Some(app.streams().open(&cursor.stream, group)?),
-        _ => None,
+    let entered = match &ask.group {
+        Some(group) => {
+            let resumes = match &from {
+                Some(From::Cursor(known)) => Some(known.stream.clone()),
+                _ => None,
+            };
+            let commits = ask.ack == AckMode::Cursor;
+            app.streams()
+                .open(&cursor.stream, group, resumes, commits)?
+        }
+        // It holds nobody's place.
+        None => Entered::default(),
     };
     let registered = Registered {
         app: app.clone(),
         id: cursor.stream.clone(),
     };
+    gone(&entered.replaced, &pattern).await?;
+    let options = begin(&app, &pattern, ask.group.as_deref(), from, &mut cursor).await?;
     let consumer = app
         .hub()
         .stream_events(&pattern.to_string(), options)
         .await
         .map_err(|e| Problem::from(e).on(pattern.as_str()))?;
-    if !live(&consumer).await {
-        let why = consumer.control.failure();
-        app.spawn(async move { end(consumer).await });
+    // From here on a client that hangs up leaves its place after its consumer has.
+    let starting = Starting {
+        parts: Some((consumer, registered)),
+    };
+    if !starting.live().await {
+        let why = starting.failure();
         let why = why.map_or_else(
             || "the broker did not take the subscription in time; try again".to_owned(),
             |why| why.to_string(),
@@ -158,14 +172,17 @@ pub(super) async fn stream(
         unflushed: 0,
         moved: Instant::now(),
         waiting: VecDeque::new(),
-        commits,
+        commits: entered.commits,
+        ending: entered.ending,
         frames,
     };
-    let running = app.clone();
-    app.spawn(async move {
-        pump.run(consumer, &running).await;
-        drop(registered);
-    });
+    if let Some((consumer, registered)) = starting.into_parts() {
+        let running = app.clone();
+        app.spawn(async move {
+            pump.run(consumer, &running).await;
+            drop(registered);
+        });
+    }
     let body = ReceiverStream::new(body).map(move |frame: Bytes| {
         flushed.give();
         Ok::<_, std::convert::Infallible>(frame)
@@ -254,20 +271,79 @@ async fn begin(
         Some(From::Cursor(known)) => {
             // The cursor wins over what was committed, and over what was handed
             // to the group and never reached its client.
-            app.hub()
-                .resume_group(group, &known.positions)
-                .await
-                .map_err(Problem::from)?;
+            resume(app, group, &known).await?;
             cursor.positions = known.positions;
         }
     }
     Ok(options)
 }
 
-async fn live(consumer: &Consumer) -> bool {
-    timeout(limits::STREAM_START_TIMEOUT, consumer.control.active())
-        .await
-        .unwrap_or(false)
+/// Waits until the streams that this one replaces have left their group. A client comes
+/// back when it has lost its connection, which is often before the hub knows: until then
+/// the old stream counts what it writes as handled, and keeps the group where it is.
+async fn gone(replaced: &[CancellationToken], pattern: &Pattern) -> Result<(), Problem> {
+    let all = join_all(replaced.iter().map(|over| over.cancelled()));
+    match timeout(limits::STREAM_START_TIMEOUT, all).await {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::new(
+            ErrorCode::SubscribeFailed,
+            "the stream that is resumed did not end in time; try again",
+        )
+        .on(pattern.as_str())
+        .into()),
+    }
+}
+
+/// Sets the group where the cursor says. While its members change, and until a static
+/// one is given up, a broker takes no such order.
+async fn resume(app: &App, group: &str, known: &Cursor) -> Result<(), Problem> {
+    let until = Instant::now() + limits::STREAM_RESUME_TIMEOUT;
+    loop {
+        match app.hub().resume_group(group, &known.positions).await {
+            Ok(()) => return Ok(()),
+            Err(e) if e.code() == ErrorCode::ConsumeFailed && Instant::now() < until => {
+                tokio::time::sleep(limits::STREAM_RESUME_AGAIN).await;
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// A consumer that is to become live. Dropped, it is ended, and its place is given up
+/// when it has left its group.
+struct Starting {
+    parts: Option<(Consumer, Registered)>,
+}
+
+impl Starting {
+    async fn live(&self) -> bool {
+        let Some((consumer, _)) = &self.parts else {
+            return false;
+        };
+        timeout(limits::STREAM_START_TIMEOUT, consumer.control.active())
+            .await
+            .unwrap_or(false)
+    }
+
+    fn failure(&self) -> Option<std::sync::Arc<str>> {
+        self.parts.as_ref()?.0.control.failure()
+    }
+
+    fn into_parts(mut self) -> Option<(Consumer, Registered)> {
+        self.parts.take()
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some((consumer, registered)) = self.parts.take() {
+            let app = registered.app.clone();
+            app.spawn(async move {
+                end(consumer).await;
+                drop(registered);
+            });
+        }
+    }
 }
 
 /// Stops a consumer and gives back what it still holds.
@@ -316,6 +392,8 @@ struct Pump {
     /// Received and not given out.
     waiting: VecDeque<Delivery>,
     commits: Option<mpsc::Receiver<Commit>>,
+    /// Its client has come back elsewhere.
+    ending: CancellationToken,
     frames: mpsc::Sender<Bytes>,
 }
 
@@ -345,6 +423,7 @@ impl Pump {
                 biased;
                 () = app.closing().cancelled() => break,
                 () = self.frames.closed() => break,
+                () = self.ending.cancelled() => break,
                 // The sender lives as long as the connection; gone means gone.
                 changed = self.flushed.changed() => {
                     if changed.is_err() {
@@ -424,8 +503,12 @@ impl Pump {
 
     async fn send(&mut self, frame: Bytes) {
         self.sent += 1;
-        // A closed body is noticed by the loop.
-        let _ = self.frames.send(frame).await;
+        tokio::select! {
+            // A closed body is noticed by the loop.
+            _ = self.frames.send(frame) => {}
+            // A full one may never be read.
+            () = self.ending.cancelled() => {}
+        }
     }
 
     /// Takes note of what was written to the socket, and acks it (`ack=auto`).

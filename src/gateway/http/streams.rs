@@ -1,5 +1,5 @@
-//! The streams that wait for their client's commits (`ack=cursor`), so that a
-//! commit finds the deliveries that it means.
+//! The streams of groups that are open: a commit (`ack=cursor`) finds the deliveries
+//! that it means, and a client that resumes ends the stream that it lost.
 
 use std::{
     collections::HashMap,
@@ -7,6 +7,7 @@ use std::{
 };
 
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::{limits, problem::Problem};
 use crate::broker::Delivery;
@@ -25,7 +26,26 @@ pub(super) struct Streams(Mutex<HashMap<String, Open>>);
 
 struct Open {
     group: String,
-    commits: mpsc::Sender<Commit>,
+    /// The stream that it resumes.
+    resumes: Option<String>,
+    /// With `ack=cursor`.
+    commits: Option<mpsc::Sender<Commit>>,
+    /// Asks it to end.
+    ending: CancellationToken,
+    /// Cancelled once its consumer has left its group.
+    over: CancellationToken,
+}
+
+/// What a stream has of its entry.
+#[derive(Default)]
+pub(super) struct Entered {
+    /// With `ack=cursor`.
+    pub(super) commits: Option<mpsc::Receiver<Commit>>,
+    /// Cancelled when it has to end.
+    pub(super) ending: CancellationToken,
+    /// The streams that it takes the place of: each is cancelled once its consumer has
+    /// left the group.
+    pub(super) replaced: Vec<CancellationToken>,
 }
 
 /// Where a commit goes.
@@ -39,10 +59,20 @@ pub(super) enum Found {
 }
 
 impl Streams {
-    /// Enters a stream; it gets commits through the receiver.
-    pub(super) fn open(&self, id: &str, group: &str) -> Result<mpsc::Receiver<Commit>, Problem> {
+    /// Enters a stream; one that commits gets its client's through the receiver. It
+    /// ends the stream that it resumes, and whatever else resumed that: a client that
+    /// comes back with the same cursor has got nothing from those.
+    pub(super) fn open(
+        &self,
+        id: &str,
+        group: &str,
+        resumes: Option<String>,
+        commits: bool,
+    ) -> Result<Entered, Problem> {
         let mut streams = self.lock();
-        if streams.len() >= limits::MAX_STREAMS {
+        if commits
+            && streams.values().filter(|s| s.commits.is_some()).count() >= limits::MAX_STREAMS
+        {
             return Err(Problem::http(
                 axum::http::StatusCode::SERVICE_UNAVAILABLE,
                 "STREAMS_FULL",
@@ -53,26 +83,58 @@ impl Streams {
             )
             .retry_after(std::time::Duration::from_secs(1)));
         }
-        let (commits, receiver) = mpsc::channel(WAITING_COMMITS);
+        let (commits, receiver) = match commits {
+            true => Some(mpsc::channel(WAITING_COMMITS)).unzip(),
+            false => (None, None),
+        };
+        let lost = resumes.as_deref().unwrap_or_default();
+        let replaced = streams
+            .iter()
+            .filter(|_| !lost.is_empty())
+            .filter(|(id, s)| {
+                s.group == group && (*id == lost || s.resumes.as_deref() == Some(lost))
+            })
+            .map(|(_, s)| {
+                s.ending.cancel();
+                s.over.clone()
+            })
+            .collect();
+        let ending = CancellationToken::new();
         let open = Open {
             group: group.to_owned(),
+            resumes,
             commits,
+            ending: ending.clone(),
+            over: CancellationToken::new(),
         };
         streams.insert(id.to_owned(), open);
-        Ok(receiver)
+        Ok(Entered {
+            commits: receiver,
+            ending,
+            replaced,
+        })
     }
 
-    /// Takes a stream off.
+    /// Takes a stream off, whose consumer has ended.
     pub(super) fn close(&self, id: &str) {
-        self.lock().remove(id);
+        if let Some(open) = self.lock().remove(id) {
+            open.over.cancel();
+        }
     }
 
     /// Finds the stream that a cursor came from.
     pub(super) fn find(&self, id: &str, group: &str) -> Found {
         match self.lock().get(id) {
-            Some(open) if open.group == group => Found::Live(open.commits.clone()),
-            Some(open) => Found::OtherGroup(open.group.clone()),
-            None => Found::Ended,
+            Some(Open {
+                group: of,
+                commits: Some(commits),
+                ..
+            }) => match of == group {
+                true => Found::Live(commits.clone()),
+                false => Found::OtherGroup(of.clone()),
+            },
+            // One with `ack=auto` commits by itself, and has no say in it.
+            Some(_) | None => Found::Ended,
         }
     }
 
