@@ -64,7 +64,7 @@ pub(super) const HEARTBEAT: Duration = Duration::from_secs(15);
 pub(super) const STREAM_START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a group that is to go back to a cursor may be in no state for it, as while
-/// Kafka waits for a static member (`kafka.session_timeout`, 10 s by default).
+/// Kafka waits for a static member (`SubscribeOptions::session_timeout`).
 pub(super) const STREAM_RESUME_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How often that is tried.
