@@ -39,7 +39,8 @@ pub(super) fn raw_code(error: &KafkaError) -> Option<Code> {
     }
 }
 
-fn precise(code: Code) -> Option<ErrorCode> {
+/// What a code means here, where that is one thing.
+pub(super) fn precise(code: Code) -> Option<ErrorCode> {
     Some(match code {
         Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition => {
             ErrorCode::TopicNotFound

@@ -268,26 +268,29 @@ impl Look<'_> {
                     .push(format!("{object}: bindings cannot be asked for over AMQP"));
                 continue;
             }
-            let channel = self.channel().await?;
-            let bound = self
-                .step(async move {
-                    channel
-                        .queue_bind(
-                            queue.name.as_str().into(),
-                            exchange.as_str().into(),
-                            routing_key.as_str().into(),
-                            QueueBindOptions::default(),
-                            FieldTable::default(),
-                        )
-                        .await
-                })
-                .await?;
-            match bound {
+            match self.bind(&queue.name, exchange, routing_key).await? {
                 Ok(()) => self.report.ok.push(object),
                 Err(e) => self.refused(&object, &e),
             }
         }
         Ok(())
+    }
+
+    async fn bind(
+        &mut self,
+        queue: &str,
+        exchange: &str,
+        key: &str,
+    ) -> Result<Result<(), lapin::Error>> {
+        let channel = self.channel().await?;
+        let bind = channel.queue_bind(
+            queue.into(),
+            exchange.into(),
+            key.into(),
+            QueueBindOptions::default(),
+            FieldTable::default(),
+        );
+        self.step(bind).await
     }
 
     /// Has the server write to its disk that what it made is there.
@@ -309,17 +312,7 @@ impl Look<'_> {
         let (queue, exchange) = (tier.queue.name.as_str(), tier.exchange);
         // Its own: binding again what another hub has bound would change nothing.
         let key = format!("hub-declared-{}", Uuid::new_v4());
-        let channel = self.channel().await?;
-        let bound = self
-            .step(channel.queue_bind(
-                queue.into(),
-                exchange.into(),
-                key.as_str().into(),
-                QueueBindOptions::default(),
-                FieldTable::default(),
-            ))
-            .await?;
-        if let Err(e) = bound {
+        if let Err(e) = self.bind(queue, exchange, &key).await? {
             debug!(
                 queue,
                 said = error::text(&e),

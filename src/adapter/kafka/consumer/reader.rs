@@ -28,11 +28,15 @@ use super::{
     tracker::TopicPartition,
 };
 use crate::{
-    adapter::kafka::{error::raw_code, record},
+    adapter::kafka::{
+        error::{precise, raw_code},
+        record,
+    },
     broker::{
         BrokerType, OffsetReset, Received, SeekTo, StartFrom,
         consumer::{ConsumerState, report_active},
     },
+    error::ErrorCode,
     topic::Pattern,
 };
 
@@ -153,7 +157,8 @@ impl Reader {
                     if let Some(why) = fatal(&error, self.core.reset) {
                         return Err(why);
                     }
-                    if self.ends.is_bounded() && is_missing(&error) {
+                    let meaning = raw_code(&error).and_then(precise);
+                    if self.ends.is_bounded() && meaning == Some(ErrorCode::TopicNotFound) {
                         // A cluster that starts may say so of a topic that it has;
                         // the look asks for long enough.
                         self.next_look = self.next_look.min(Instant::now() + LOOK_AGAIN);
@@ -436,14 +441,6 @@ pub(in crate::adapter::kafka) fn fatal(error: &KafkaError, reset: OffsetReset) -
         }
         _ => None,
     }
-}
-
-/// Whether an error says that there is no such topic.
-fn is_missing(error: &KafkaError) -> bool {
-    matches!(
-        raw_code(error),
-        Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition)
-    )
 }
 
 /// Whether a topic is not one of Kafka's own.
