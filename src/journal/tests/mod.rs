@@ -12,6 +12,7 @@ mod index;
 mod layout;
 mod room;
 mod seeds;
+mod state;
 mod threads;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
