@@ -367,6 +367,26 @@ async fn a_failed_message_is_listed_shown_edited_and_then_handled_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_share_of_dead_letters_is_looked_at_now_and_then_and_raises_the_alarm() {
+    let site = Site::embedded(false).await;
+    let subscription = site.handler().await;
+    let rate = || site.hub.dead_letter_rate();
+    assert_eq!((rate().letters, rate().alarm), (0, false));
+    site.publish("x1", "order", "bad").await;
+    site.letters("", 1).await;
+    site.settled().await;
+    wait::until(SOON, "one of two is a dead letter", || async {
+        (rate().rate - 0.5).abs() < 1e-9
+    })
+    .await;
+    assert_eq!((rate().letters, rate().alarm), (1, true));
+    let metrics = reqwest::get(site.at("/metrics")).await.unwrap();
+    let metrics = metrics.text().await.unwrap();
+    assert!(metrics.contains("messaging_dlq_alarm 1"), "{metrics}");
+    site.close(Some(subscription)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_death_between_copy_and_letter_loses_nothing_and_does_nothing_twice() {
     for site in Site::everywhere().await {
         site.publish("y1", "order", "bad").await;

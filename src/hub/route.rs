@@ -150,4 +150,21 @@ mod tests {
             );
         }
     }
+
+    #[test]
+    fn a_pattern_is_found_by_the_words_before_its_first_wildcard() {
+        let mut table = table();
+        let one_word = Route {
+            pattern: Pattern::new("jobs.*").unwrap(),
+            kind: RouteKind::Task,
+            ..table.all()[0].clone()
+        };
+        table.routes.insert(0, one_word);
+        for pattern in ["jobs.*", "jobs.#"] {
+            let found = table.of_pattern(&Pattern::new(pattern).unwrap());
+            assert_eq!(found.unwrap().0, 0, "{pattern}");
+        }
+        let found = table.of_pattern(&Pattern::new("jobs.a.*").unwrap());
+        assert_ne!(found.unwrap().0, 0);
+    }
 }

@@ -95,3 +95,7 @@ impl Cursor {
 const SMALL: usize = 4 << 10;
 /// From here on a read costs the disk, not the call.
 const LARGE: usize = 256 << 10;
+
+#[cfg(test)]
+#[path = "cursor_tests.rs"]
+mod tests;

@@ -296,4 +296,70 @@ fn what_is_old_goes_and_what_is_young_stays() {
         disk.remove(trimmed.removes);
     }
     assert!(disk.entries().is_empty());
+    assert!(shelf.entries().is_empty(), "the group too");
+}
+
+/// What a process finds: an entry with so many ids of each group.
+fn found(limits: Limits, entries: &[(&str, usize)]) -> Shelf {
+    let hasher = IdHasher::random();
+    let mut shelf = Shelf::new(limits, hasher);
+    for (entry, (group, ids)) in (1..).zip(entries) {
+        let head = Head {
+            hasher,
+            group: (*group).to_owned(),
+            ids: *ids,
+            newest: entry,
+        };
+        shelf.found(entry, &head);
+    }
+    shelf
+}
+
+#[test]
+fn an_entry_is_loose_until_it_has_a_chunks_ids() {
+    let shelf = found(
+        LIMITS,
+        &[("g", CHUNK), ("g", CHUNK + 1), ("g", CHUNK - 1), ("g", 1)],
+    );
+    let (_, chunks, loose) = shelf.entries().remove(0);
+    assert_eq!((chunks, loose), (vec![1, 2], vec![3, 4]));
+}
+
+#[test]
+fn a_window_that_was_made_smaller_lets_go_of_what_it_has_too_much() {
+    let limits = Limits {
+        ids: 2 * CHUNK,
+        ..LIMITS
+    };
+    let mut shelf = found(limits, &[("g", CHUNK); 4]);
+    let trimmed = shelf.trim(4);
+    assert_eq!((trimmed.removes, trimmed.early), (vec![1, 2], 0));
+    assert_eq!(shelf.ids(), 2 * CHUNK);
+}
+
+#[test]
+fn as_many_groups_as_there_may_be_stay() {
+    let limits = Limits {
+        groups: 2,
+        ..LIMITS
+    };
+    let mut shelf = found(limits, &[("a", 1), ("b", 1)]);
+    assert_eq!(shelf.trim(2), Trimmed::default());
+    assert_eq!(shelf.ids(), 2);
+}
+
+#[test]
+fn all_that_went_for_want_of_room_is_counted() {
+    let limits = Limits {
+        ids: CHUNK,
+        groups: 5,
+        ..LIMITS
+    };
+    let groups = ["a", "b", "c", "d", "e", "f"].map(|group| (group, CHUNK));
+    let mut shelf = found(limits, &groups);
+    // One group too many, and one full window.
+    let trimmed = shelf.trim(6);
+    assert_eq!(trimmed.early, 2 * CHUNK);
+    assert_eq!(trimmed.removes.len(), 2);
+    assert_eq!(shelf.ids(), FULL_WINDOWS * CHUNK);
 }

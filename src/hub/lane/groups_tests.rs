@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    groups::Tag,
+    groups::{Groups, Tag},
     machine::{Action, Intake, Local, Machine, Now, Settings},
     tests::settings,
 };
@@ -16,7 +16,7 @@ use crate::{
     broker::{Confirmation, Fate, OrderKey, Outcome, Submission, Verdict},
     error::{Error, ErrorCode},
     hub::{
-        spool::{Budget, Entry, Seq, Spool, Status},
+        spool::{Budget, ENTRY_OVERHEAD, Entry, Seq, Spool, Status},
         state::LaneState,
     },
     message::{
@@ -488,6 +488,90 @@ fn a_group_that_nobody_reads_for_is_forgotten_and_begins_anew() {
         (ids(&again), again[0].1.message.retry_count),
         (vec!["e1"], 0)
     );
+}
+
+#[test]
+fn what_was_in_the_air_and_is_spooled_late_is_handed_out_before_what_came_after_it() {
+    let mut lane = Lane::new();
+    lane.back();
+    lane.publish(0);
+    lane.machine.force_degraded(lane.now());
+    lane.publish(1);
+    assert_eq!(lane.handle_all("a"), ["e2"]);
+    assert!(lane.take("a", 9).is_empty());
+    // The first one gets its copy now, behind what the group has handled.
+    lane.pass(Duration::from_secs(2));
+    lane.crash(0);
+    assert_eq!(ids(&lane.take("a", 9)), ["e1"]);
+}
+
+#[test]
+fn what_rests_when_a_drain_begins_rests_no_longer_in_the_next_outage() {
+    let mut lane = Lane::away_with(&[0]);
+    let taken = lane.take("a", 1);
+    let verdict = Verdict::Retry {
+        delay: Duration::from_secs(3_600),
+        failure: failure("boom"),
+    };
+    lane.settle(taken[0].0, verdict);
+    assert!(lane.take("a", 1).is_empty(), "it rests");
+    lane.back();
+    lane.crash(0);
+    let again = lane.take("a", 1);
+    assert_eq!(ids(&again), ["e1"]);
+    assert_eq!(again[0].1.message.retry_count, 1);
+}
+
+/// Entries of a key each in a spool.
+fn spool_of(seqs: std::ops::RangeInclusive<Seq>) -> Spool {
+    let mut spool = Spool::new();
+    for seq in seqs {
+        let message = Message::new("t", "x");
+        let entry = Entry {
+            size: message.size() + ENTRY_OVERHEAD,
+            message: Arc::new(message),
+            order: OrderKey::Publisher(seq),
+            marks: Marks::default(),
+            confirm: true,
+            since: Timestamp::from_millis(0),
+            due: None,
+        };
+        spool.insert(seq, entry, Status::Ready);
+    }
+    spool
+}
+
+#[test]
+fn what_stands_behind_something_that_is_only_on_the_disk_waits_for_it() {
+    let (mut groups, group) = (Groups::default(), name("a"));
+    let mut spool = spool_of(1..=4);
+    let now = Timestamp::from_millis(0);
+    let mut choose = |spool: &Spool, max| {
+        let chosen = groups.choose(&group, now, spool, max);
+        (chosen.events, chosen.reached_tail)
+    };
+    assert_eq!(choose(&spool, 9), (vec![1, 2, 3, 4], false), "all is here");
+    assert!(spool.page_out(2));
+    assert_eq!(choose(&spool, 9), (vec![1], true));
+    // Nothing is read from the disk for somebody who has no room.
+    assert_eq!(choose(&spool, 1), (vec![1], false));
+}
+
+#[test]
+fn of_what_left_the_spool_or_was_settled_nothing_is_remembered() {
+    let (mut groups, group) = (Groups::default(), name("a"));
+    let due = Timestamp::from_millis(7);
+    for seq in [1, 2] {
+        groups.gave_back(&group, seq, Some((failure("boom"), due)));
+        assert_eq!(groups.tried(&group, seq).map(|t| t.failed), Some(1));
+    }
+    assert_eq!(groups.next_due(), Some(due));
+    groups.left(1);
+    assert!(groups.tried(&group, 1).is_none());
+    groups.take(&group, 2, 0);
+    groups.settled(&group, 2);
+    assert!(groups.tried(&group, 2).is_none());
+    assert_eq!(groups.next_due(), None);
 }
 
 /// One run of random publishes, outages, hand-outs and verdicts.

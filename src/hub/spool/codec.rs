@@ -325,6 +325,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_as_usual_takes_no_room() {
+        let id = MessageId::new("brought").unwrap();
+        let usual = Entry {
+            marks: Marks::default(),
+            due: None,
+            ..entry(Message::new("k", "x").with_id(id))
+        };
+        let plain = LaneName {
+            mandatory: false,
+            compression: None,
+            address: None,
+            ..lane()
+        };
+        let bytes = encode(&plain, 1, &usual).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_slice(&bytes[PREFIX..bytes.len() - 1]).unwrap();
+        let keys: Vec<_> = json.as_object().unwrap().keys().collect();
+        assert_eq!(
+            keys,
+            ["lane", "message", "publisher", "seq", "since", "topic"]
+        );
+    }
+
+    #[test]
     fn what_cannot_be_read_is_refused_at_every_cut() {
         let whole = encode(&lane(), 1, &entry(Message::new("k", "payload"))).unwrap();
         let described = whole.len() - "payload".len();

@@ -31,9 +31,11 @@ fn write(state: &mut State, seq: u64) {
     let queue = state.take_queue();
     state.index.begin_segment(seq, queue[0].first_id, 0);
     for queued in queue {
+        let left = state.queued_bytes - queued.batch.encoded_len();
         let (frame, what) = (state.index.bytes(), Contents::Batch(queued));
         state.index.grow(seq, frame + 1000);
         state.publish(Written { seq, frame, what });
+        assert_eq!(state.queued_bytes, left);
     }
 }
 
@@ -79,6 +81,22 @@ fn the_last_byte_of_the_room_is_taken_and_not_one_more() {
     let rest = longest - encoded(1000) - REMOVAL;
     assert_eq!(beside(rest).unwrap(), room);
     assert!(matches!(beside(rest + 1), Err(JournalError::Full)));
+}
+
+#[test]
+fn the_queue_takes_its_last_byte_and_always_one_batch() {
+    let options = JournalOptions {
+        max_queued_bytes: encoded(100) + encoded(200),
+        ..small()
+    };
+    let mut state = state(&options);
+    state.append(of(100)).unwrap();
+    assert!(matches!(state.append(of(201)), Err(JournalError::Full)));
+    state.append(of(200)).unwrap();
+    assert!(matches!(state.append(of(0)), Err(JournalError::Full)));
+    state.append(remove([1])).unwrap();
+    write(&mut state, 1);
+    state.append(of(10_000)).unwrap();
 }
 
 #[test]
