@@ -466,6 +466,40 @@ async fn a_canary_comes_back_falls_silent_with_its_broker_and_comes_back_again()
     system.close().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_on_rabbitmq_reaches_its_readers_also_when_its_topic_is_new() {
+    let rabbit = need!(shared_rabbit(RabbitVersion::V4).await);
+    let root = unique("user");
+    let pattern = format!("{root}.#");
+    let mut config = over_rabbitmq(rabbit.url());
+    config.hub.routes = vec![RouteSettings {
+        primary: Some(BrokerType::RabbitMq),
+        ..RouteSettings::new(Pattern::new(&pattern).unwrap(), RouteKind::Event)
+    }];
+    let (system, hub) = started(config).await;
+    let (read, mut reads) = mpsc::unbounded_channel();
+    let handler = move |received: Received| {
+        let read = read.clone();
+        async move {
+            read.send((received.topic.to_string(), body(&received.message)))
+                .unwrap();
+            Ok::<(), HandlerError>(())
+        }
+    };
+    let options = SubscribeOptions::group(&unique("readers"));
+    let subscription = hub.subscribe(&pattern, options, handler).await.unwrap();
+    let topic = format!("{root}.created");
+    // Refused, as NO_ROUTE, until the group's queue is bound.
+    wait::until(SOON, "the event is accepted", || async {
+        hub.publish(&topic, text("new")).await.is_ok()
+    })
+    .await;
+    let got = wait::within(SOON, "the event", reads.recv()).await;
+    assert_eq!(got, Some((topic, "new".to_owned())));
+    subscription.unsubscribe().await;
+    system.close().await;
+}
+
 // ---- the fallback ----------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread")]

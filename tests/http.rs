@@ -895,6 +895,29 @@ async fn while_the_broker_is_away_publishes_are_spooled_and_what_is_left_ends_it
     assert!(err.contains("3 accepted messages"), "{err}");
 }
 
+#[tokio::test]
+async fn a_new_topic_is_a_queue_or_a_stream_as_its_route_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hub.yaml");
+    let routes = "hub:
+  routes:
+    - {pattern: 'orders.#', kind: task}
+    - {pattern: 'tasks.audit.#', kind: event}
+";
+    std::fs::write(&path, routes).unwrap();
+    let hub = Hub::start_with(&["--config", path.to_str().unwrap()], &[]);
+    publish(&hub, "orders.new", "o1").await;
+    let given = lease(&hub, "orders.new", json!({"wait_ms": 5000})).await;
+    assert_eq!(given[0]["message"]["id"], "o1");
+    // Of the routes that are always there, `task.*.#` does not cover the last.
+    for topic in ["tasks.audit.x", "task"] {
+        publish(&hub, topic, "e1").await;
+        let query = [("pattern", topic), ("from", "earliest")];
+        let mut events = Events::open(&hub, &query, None).await;
+        assert_eq!(events.ids(1).await, ["e1"], "{topic}");
+    }
+}
+
 /// Whoever started it may have given it a pipe and forgotten about it: a pipe
 /// holds 64 KiB, and a hub that waited for its reader would stand still.
 #[tokio::test]

@@ -70,6 +70,15 @@ pub enum Fate {
     Unsent(Error),
 }
 
+/// What a topic is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TopicKind {
+    /// Each message goes to one consumer.
+    Queue,
+    /// Each group reads all of it.
+    Stream,
+}
+
 /// Settings of a lane.
 #[derive(Clone, Debug)]
 pub struct LaneOptions {
@@ -84,6 +93,9 @@ pub struct LaneOptions {
     /// AMQP: publish to this exchange with this routing key instead of where
     /// the topology maps the topic.
     pub address: Option<(String, String)>,
+    /// What the topic is where neither the topology nor the broker knows it.
+    /// Default: what the broker takes it for.
+    pub kind: Option<TopicKind>,
     /// How long an opened lane may take to be ready. Default 10 s.
     pub open_timeout: Duration,
 }
@@ -96,6 +108,7 @@ impl Default for LaneOptions {
             mandatory: true,
             compression: None,
             address: None,
+            kind: None,
             open_timeout: Duration::from_secs(10),
         }
     }

@@ -34,7 +34,7 @@ pub use delivery::{Delivery, Received, Settlement, Verdict};
 pub use handler::{
     BatchHandler, Blame, Handler, HandlerError, HandlerFuture, ReadyFuture, ServiceHandler, Turn,
 };
-pub use lane::{Confirmation, Fate, Lane, LaneOptions, OrderKey, Submission};
+pub use lane::{Confirmation, Fate, Lane, LaneOptions, OrderKey, Submission, TopicKind};
 pub use options::{
     Compression, OffsetReset, PublishOptions, QueueOptions, QueueType, SeekTo, StartFrom,
     StreamOptions, SubscribeOptions, TopicOptions,

@@ -32,7 +32,7 @@ use super::{
 use crate::{
     broker::{
         BrokerType, Compression, LaneOptions, MessageBroker, OrderKey, PublishOptions, Receipt,
-        Source,
+        Source, TopicKind,
     },
     error::{Error, ErrorCode, Result},
     message::{Event, Message, Task, Timestamp, wire::Marks},
@@ -514,7 +514,8 @@ impl MessagingHub {
             Some(true) => Some(self.source(entry)),
             // Nobody else makes the topics of failed events.
             _ if resting::is_resting(&entry.topic) => Some(self.source(entry)),
-            // The embedded broker makes what is missing by itself.
+            // The embedded broker makes what is missing by itself, as the kind
+            // that the lane names.
             _ => None,
         };
         task::Parts {
@@ -527,6 +528,10 @@ impl MessagingHub {
                 mandatory: name.mandatory,
                 compression: name.compression,
                 address: name.address.clone(),
+                kind: Some(match entry.route.kind {
+                    RouteKind::Task => TopicKind::Queue,
+                    RouteKind::Event => TopicKind::Stream,
+                }),
                 ..LaneOptions::default()
             },
             settings: Settings {

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     broker::{
         BrokerType, Confirmation, Fate, Lane, LaneOptions, OrderKey, Outcome, PublishOptions,
-        Receipt, Submission, lane::LanePort,
+        Receipt, Submission, TopicKind, lane::LanePort,
     },
     error::{Error, ErrorCode, Result},
     message::{Message, MessageId, Timestamp, wire::Marks},
@@ -37,6 +37,8 @@ pub(super) struct Way {
     pub(super) mandatory: bool,
     /// Exchange and routing key, where they are not the topology's.
     pub(super) address: Option<(String, String)>,
+    /// What an unknown topic is made as; none: as the broker's patterns say.
+    pub(super) kind: Option<TopicKind>,
 }
 
 /// Opens a lane: a task that appends batches under one lock each.
@@ -49,6 +51,7 @@ pub(super) fn open_lane(
     let way = Way {
         mandatory: options.mandatory,
         address: options.address.clone(),
+        kind: options.kind,
     };
     shared.step(|state, now| state.resolve(now, topic, &way))?;
     let (lane, port) = Lane::pair(options);
@@ -77,6 +80,7 @@ pub(super) async fn publish_batch(
     let way = Way {
         mandatory: options.mandatory,
         address: address(shared, topic, options),
+        kind: None,
     };
     let ids: Vec<MessageId> = messages.iter().map(|m| m.id.clone()).collect();
     let prepared: Vec<Result<Arc<Message>>> = messages
@@ -362,7 +366,7 @@ impl State {
                 Ok(Target::Nowhere)
             };
         }
-        if self.names_queue(topic) {
+        if self.names_queue(topic, way.kind) {
             let options = topology
                 .queue(topic)
                 .map(|q| q.options.clone())
@@ -408,11 +412,17 @@ impl State {
     }
 
     /// Whether an unknown name is to be a queue.
-    pub(super) fn names_queue(&self, topic: &str) -> bool {
-        self.topology.queue(topic).is_some()
-            || topic == self.topology.dead_letter_queue()
-            || (self.topology.topic(topic).is_none()
-                && self.config.queue_patterns.iter().any(|p| p.matches(topic)))
+    fn names_queue(&self, topic: &str, kind: Option<TopicKind>) -> bool {
+        if self.topology.queue(topic).is_some() || topic == self.topology.dead_letter_queue() {
+            return true;
+        }
+        if self.topology.topic(topic).is_some() {
+            return false;
+        }
+        match kind {
+            Some(kind) => kind == TopicKind::Queue,
+            None => self.config.queue_patterns.iter().any(|p| p.matches(topic)),
+        }
     }
 
     fn routed(

@@ -18,7 +18,7 @@ use super::{
     shared::Shared,
 };
 use crate::{
-    broker::{BrokerType, Compression, Confirmation, Lane, LaneOptions, Submission},
+    broker::{BrokerType, Compression, Confirmation, Lane, LaneOptions, Submission, TopicKind},
     error::{Error, ErrorCode, Result},
     topic::Topic,
 };
@@ -37,7 +37,7 @@ pub(super) async fn open_lane(
     }
     let (exchange, key) = match &options.address {
         Some(address) => address.clone(),
-        None => address_of(shared, topic),
+        None => address_of(shared, topic, options.kind),
     };
     let short = |text: &str| {
         ShortString::try_new(text).map_err(|_| {
@@ -122,9 +122,10 @@ pub(super) async fn open(
 /// Where a topic is published: a queue that the topology knows by its first
 /// binding (or name), a stream to the event exchange with the topic as key,
 /// anything else to the queue of its name.
-fn address_of(shared: &Shared, topic: &Topic) -> (String, String) {
+fn address_of(shared: &Shared, topic: &Topic, kind: Option<TopicKind>) -> (String, String) {
     let topology = &shared.topology;
-    if topology.queue(topic).is_none() && !shared.is_declared(topic) && shared.is_stream(topic) {
+    let is_queue = topology.queue(topic).is_some() || shared.is_declared(topic);
+    if !is_queue && (kind == Some(TopicKind::Stream) || shared.is_stream(topic)) {
         return (
             topology.event_exchange().to_owned(),
             topic.as_str().to_owned(),
