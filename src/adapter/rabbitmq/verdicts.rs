@@ -148,8 +148,12 @@ impl Serving<'_> {
             }
             Way::Back => (String::new(), self.queue.to_owned()),
         };
-        // Dead letters are kept, however old.
-        let expires = way != Way::DeadLetter;
+        // Dead letters are kept, however old, also when they go back to where they are.
+        let expires = match way {
+            Way::Retry(_) => true,
+            Way::DeadLetter => false,
+            Way::Back => !topology.keeps_dead_letters(self.queue),
+        };
         let job = Job::new(address, held.topic.as_str().into(), message, marks, expires);
         let courier = self.session.courier.clone();
         self.reroutes.push(
@@ -183,6 +187,18 @@ impl Serving<'_> {
                 self.held.remove(&done.tag);
                 self.worn.remove(&done.tag);
                 self.acks.done(done.tag, done.answer);
+            }
+            Err(e) if e.code() == ErrorCode::MessageExpired => {
+                // No later try would do better, and the queue would be held up by it.
+                let details = done.failure.as_ref().map(|f| f.details.clone());
+                let topic = self.held.get(&done.tag).map(|h| h.topic.clone());
+                let failure = Failure::now(
+                    "expired",
+                    details.unwrap_or_else(|| e.message().to_owned()),
+                    topic.as_ref().map_or(self.queue, |t| t.as_str()),
+                    done.failure.as_ref(),
+                );
+                self.reroute(done.tag, Way::DeadLetter, Some(failure), done.answer);
             }
             Err(e) if self.worn.contains(&done.tag) => {
                 // The queue might drop it, given back once more: it stays in hand
