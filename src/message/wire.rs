@@ -231,6 +231,7 @@ pub fn encode<'a>(
 ) -> Vec<Header<'a>> {
     let mut out: Vec<Header<'a>> = Vec::with_capacity(12 + message.headers.len());
     let mut put = |name: &'static str, value: Cow<'a, str>| out.push((name.into(), value));
+    let time = || message.timestamp.as_millis().to_string().into();
 
     put(names::WIRE, VERSION.into());
     if carrier == Carrier::Kafka {
@@ -252,12 +253,12 @@ pub fn encode<'a>(
         if !message.is_persistent() {
             put(names::DELIVERY_MODE, "transient".into());
         }
+        if marks.are_of_a_copy() {
+            put(names::TIME, time());
+        }
     } else {
         put(names::TOPIC, topic.into());
-        put(
-            names::TIME,
-            message.timestamp.as_millis().to_string().into(),
-        );
+        put(names::TIME, time());
         if let Some(key) = &message.key {
             // AMQP tables hold text here; a key that is not text goes as
             // base64 under the "-bin" name that readers below undo.

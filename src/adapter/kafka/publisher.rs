@@ -308,7 +308,7 @@ impl Publisher {
         let mut out = Record::with_opaque_to(topic.as_str(), ticket)
             .partition(shape.partition)
             .payload(message.payload.as_ref())
-            .timestamp(message.timestamp.as_millis())
+            .timestamp(record::time(message, marks))
             .headers(shape.headers);
         out.key = message.key.as_ref().map(|k| k.as_bytes());
         match producer.send(out, until).await {

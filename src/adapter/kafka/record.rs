@@ -59,6 +59,18 @@ pub(super) fn shape(
     })
 }
 
+/// When a record was made. A copy that the hub makes of an older message, a dead
+/// letter or a failed event that rests, is as old as that copy: else retention might
+/// take it before anybody read it. The message's own time is in a header then.
+pub(super) fn time(message: &Message, marks: &Marks) -> i64 {
+    let time = match &marks.failure {
+        Some(failure) => failure.last,
+        None if marks.are_of_a_copy() => Timestamp::now(),
+        None => message.timestamp,
+    };
+    time.as_millis()
+}
+
 /// The headers of a record, and how many bytes they take.
 ///
 /// # Errors
@@ -164,5 +176,30 @@ mod tests {
             assert!(MessageId::new(&id).is_ok(), "{id}");
         }
         assert_eq!(foreign_id("t", 2, 7), "kafka-t-2-7");
+    }
+
+    #[test]
+    fn a_letter_is_as_old_as_it_is_and_keeps_the_messages_own_time() {
+        let message = Message::new("k", "x").with_timestamp(Timestamp::from_millis(7));
+        let plain = Marks::default();
+        assert_eq!(time(&message, &plain), 7);
+        let letter = Marks {
+            failure: Some(Box::new(wire::Failure::now("r", "d", "t", None))),
+            ..Marks::default()
+        };
+        let again = Marks {
+            reprocess: 1,
+            ..Marks::default()
+        };
+        for marks in [&letter, &again] {
+            assert!(Timestamp::now().as_millis() - time(&message, marks) < 60_000);
+            let headers = wire::encode(&message, "t", marks, Carrier::Kafka);
+            let pairs = headers.iter().map(|(n, v)| (n.as_ref(), v.as_bytes()));
+            let mut read = Message::bare(message.id.clone(), Timestamp::now());
+            wire::decode(&mut read, pairs, Carrier::Kafka);
+            assert_eq!(read.timestamp, message.timestamp);
+        }
+        let headers = wire::encode(&message, "t", &plain, Carrier::Kafka);
+        assert!(headers.iter().all(|(name, _)| name != wire::names::TIME));
     }
 }

@@ -22,7 +22,7 @@ use crate::{
     adapter::kafka::{
         error::{failed, fate, raw_code},
         link::{Link, log},
-        record::Shape,
+        record::{self, Shape},
     },
     broker::{Fate, Outgoing, Position},
     error::{Error, ErrorCode, Result},
@@ -149,7 +149,7 @@ impl Producer {
             BaseRecord::with_opaque_to(out.topic.as_str(), index)
                 .partition(shape.partition)
                 .payload(out.message.payload.as_ref())
-                .timestamp(out.message.timestamp.as_millis())
+                .timestamp(record::time(&out.message, &out.marks))
                 .headers(shape.headers);
         record.key = out.message.key.as_ref().map(|k| k.as_bytes());
         loop {
