@@ -152,6 +152,10 @@ impl HandOut {
                 let backend = Arc::clone(&self.backend);
                 later.push(Box::pin(async move {
                     let sent = backend.dead_letter(&received, failure).await;
+                    if sent.is_err() {
+                        // It is handed out, and fails, again: not as fast as that goes.
+                        tokio::time::sleep(UNMOVED).await;
+                    }
                     Later::DeadLetter(tag, sent, done)
                 }));
             }
@@ -194,6 +198,9 @@ impl HandOut {
         }
     }
 }
+
+/// How long a message that could not be put among the dead letters stays in hand.
+const UNMOVED: Duration = Duration::from_secs(1);
 
 fn redelivered(held: &mut Held) {
     Arc::make_mut(&mut held.received.message).redelivered = true;
