@@ -378,9 +378,18 @@ impl Resting {
         let hub = self.hub.clone();
         let topic = name(&self.own, delay);
         self.moving.push(Box::pin(async move {
-            match rest(&hub, topic, &received, failure).await {
+            match rest(&hub, topic, &received, failure.clone()).await {
                 // The copy is safe, so the original may go.
                 Ok(()) => pass(&upstream, Verdict::Ack, done),
+                Err(error) if error.is_refusal() => {
+                    // A foreign message that the hub itself would not publish: it would
+                    // be refused each time, and never come to its last attempt.
+                    tracing::warn!(
+                        topic = %received.topic, id = %received.message.id, %error,
+                        "a failed event cannot be put to rest; it goes to the dead letters"
+                    );
+                    pass(&upstream, Verdict::DeadLetter { failure }, done);
+                }
                 Err(error) => {
                     tracing::warn!(
                         topic = %received.topic, id = %received.message.id, %error,
