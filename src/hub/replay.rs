@@ -93,6 +93,7 @@ impl MessagingHub {
         self.0.tasks.spawn(run(
             job,
             sources,
+            self.0.max_message_bytes,
             sink,
             entry.cancel.clone(),
             report,

@@ -11,9 +11,10 @@ use uuid::Uuid;
 
 use crate::{
     broker::Received,
+    compression,
     message::{
         Message, MessageId, MessageState,
-        wire::{self, Marks, Replayed},
+        wire::{self, Marks, Replayed, names::COMPRESSED},
     },
     topic::Topic,
 };
@@ -70,7 +71,10 @@ pub(super) fn copy(received: &Received, replay: &str, target: Topic, source: u64
         ..read.clone()
     };
     // Of another version's hub; what of it we know was taken from it.
-    message.headers.retain(|name, _| !wire::is_reserved(name));
+    let marked = compression::is_marked(&message);
+    message
+        .headers
+        .retain(|name, _| !wire::is_reserved(name) || (marked && name == COMPRESSED));
     if let Some(task) = &mut message.task {
         task.deadline = None;
         task.scheduled_at = None;
