@@ -11,7 +11,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Inner, MessagingHub, lock, route::RouteKind};
+use super::{Inner, MessagingHub, lock, resting, route::RouteKind};
 use crate::{
     broker::PublishOptions,
     error::{Error, ErrorCode, Result},
@@ -25,6 +25,23 @@ use crate::{
 
 /// How long a cancel waits for what is under way.
 const CANCEL_WAIT: Duration = Duration::from_secs(5);
+
+/// A replay's place among those that are active, until it is known whether it can
+/// be done.
+struct Place<'a> {
+    hub: &'a MessagingHub,
+    entry: &'a Entry,
+    begun: bool,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        if !self.begun {
+            self.entry.cancel.cancel();
+            lock(&self.hub.0.replays).forget(&self.entry.id);
+        }
+    }
+}
 
 impl MessagingHub {
     /// Replays at once at most.
@@ -66,11 +83,14 @@ impl MessagingHub {
         };
         // From here on it has its place; dropping `report` frees it.
         lock(&self.0.replays).add(entry.clone())?;
-        let started = self.start_job(wanted, began, &entry, report).await;
-        if let Err(error) = started {
-            lock(&self.0.replays).forget(&entry.id);
-            return Err(error);
-        }
+        // Also when whoever asked is gone before it has begun.
+        let mut place = Place {
+            hub: self,
+            entry: &entry,
+            begun: false,
+        };
+        self.start_job(wanted, began, &entry, report).await?;
+        place.begun = true;
         Ok(entry.snapshot())
     }
 
@@ -187,6 +207,8 @@ impl MessagingHub {
             let known = |topic: &Topic| sources.iter().any(|s| s.topic == *topic);
             if !wanted.topics.matches(&topic)
                 || dead_letters.contains(&topic.as_str())
+                // Attempts at what the streams themselves have.
+                || resting::is_resting(&topic)
                 || wanted.target.as_ref() == Some(&topic)
                 || known(&topic)
             {
