@@ -107,7 +107,8 @@ impl Validate {
                 Field::ContentType => message.content_type.is_some(),
                 Field::TraceId => message.trace_id.is_some(),
                 Field::Payload => !message.payload.is_empty(),
-                Field::Header(name) => message.headers.contains_key(name),
+                // Names of headers are in lower case once they were published.
+                Field::Header(name) => message.headers.keys().any(|k| k.eq_ignore_ascii_case(name)),
                 Field::Json(pointer) => {
                     let json: &serde_json::Value = match &mut parsed {
                         Some(json) => json,
