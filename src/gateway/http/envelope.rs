@@ -8,8 +8,8 @@ use crate::{error::Error, message::Message};
 /// Reads one envelope for `topic`.
 ///
 /// A message that was read from the hub, or exported from its spool, can be
-/// published as it stands: what is set for readers only (`redelivered`,
-/// `offset`), and what the spool had noted (`spool`), is taken off. A `topic` in it
+/// published as it stands: what is set for readers only (`redelivered`, `offset` and
+/// the `partition` beside it), and what the spool had noted (`spool`), is taken off. A `topic` in it
 /// must be the one that is published to, by whichever of its names; the hub
 /// knows them and checks that.
 pub(super) fn parse(json: &[u8], topic: &str) -> Result<Message, Problem> {
@@ -17,7 +17,10 @@ pub(super) fn parse(json: &[u8], topic: &str) -> Result<Message, Problem> {
         .or_else(|e| rearranged(json).unwrap_or(Err(e)))
         .map_err(|e| Problem::invalid(format!("the envelope is not a message: {e}")).on(topic))?;
     message.redelivered = false;
-    message.offset = None;
+    if message.offset.take().is_some() {
+        // Where it lay is no place in another topic, nor where its key belongs.
+        message.partition = None;
+    }
     lower_case_headers(message).map_err(|e| Problem::from(e).on(topic))
 }
 
