@@ -127,7 +127,13 @@ pub(crate) async fn run<O: Outlet>(
 async fn rest(desk: &Desk, options: &ProcessorOptions, stopping: &CancellationToken) {
     let now = Timestamp::now();
     let due = desk.book().next().map(|at| at.since(now));
-    let pause = due.unwrap_or(options.poll).min(options.poll).max(SHORTEST);
+    let pause = match due {
+        // It was not tried: it cannot be had now, or is another processor's.
+        Some(Duration::ZERO) => UNTRIED,
+        Some(due) => due.max(SHORTEST),
+        None => options.poll,
+    };
+    let pause = pause.min(options.poll);
     tokio::select! {
         () = stopping.cancelled() => {}
         () = tokio::time::sleep(pause) => {}
@@ -272,6 +278,9 @@ const LONGEST_HANDLER: Duration = Duration::from_secs(600);
 /// How long letters are held before the rest of a batch goes back: with the
 /// longest handler still under the 30 min after which RabbitMQ takes them away.
 const LONGEST_HOLD: Duration = Duration::from_secs(900);
+
+/// Before a letter that is due and was not tried is looked for again.
+const UNTRIED: Duration = Duration::from_secs(1);
 
 /// Between looks at least.
 const SHORTEST: Duration = Duration::from_millis(50);
