@@ -400,6 +400,7 @@ impl MessagingHub {
             closing: self.0.closing.clone(),
             buffer: options.buffer_size,
             most: self.0.max_message_bytes,
+            recorder: self.0.recorder.clone(),
             rests: resting::is_resting(source.pattern().as_str()),
             #[cfg(feature = "schema")]
             checks: self.checks(),

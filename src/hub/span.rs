@@ -31,6 +31,7 @@ use crate::{
     compression::{self, UNDECODABLE},
     error::{Error, ErrorCode, Result},
     message::wire::Failure,
+    metrics::MetricsRecorder,
 };
 
 /// What a span needs.
@@ -46,6 +47,8 @@ pub(crate) struct Parts {
     pub(crate) buffer: usize,
     /// Bytes that a payload may have once it is expanded.
     pub(crate) most: usize,
+    /// Counts what no handler saw.
+    pub(crate) recorder: Arc<MetricsRecorder>,
     /// It reads a topic in which failed events rest, to which each attempt that fails
     /// comes again as another message of the same id. Others may cover such topics by
     /// chance, and pass over them.
@@ -284,6 +287,7 @@ impl Span {
                 continue;
             }
             let Some(delivery) = expanded(delivery, self.parts.most) else {
+                self.parts.recorder.messages_dead_lettered.inc();
                 continue;
             };
             #[cfg(feature = "schema")]
@@ -294,7 +298,10 @@ impl Span {
             #[cfg(feature = "schema")]
             let delivery = match looked {
                 Checked::Fits(delivery) => delivery,
-                Checked::Gone => continue,
+                Checked::Gone => {
+                    self.parts.recorder.messages_dead_lettered.inc();
+                    continue;
+                }
                 Checked::Ask(delivery, guard, question) => {
                     let closing = self.parts.closing.clone();
                     self.asking = Some(schemas::ask(guard, question, closing));

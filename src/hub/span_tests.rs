@@ -60,6 +60,7 @@ fn span_of(group: Option<&str>) -> (Source, Consumer) {
         closing: CancellationToken::new(),
         buffer: 4,
         most: 1024,
+        recorder: Arc::default(),
         rests: false,
         #[cfg(feature = "schema")]
         checks: None,
