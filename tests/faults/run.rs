@@ -234,9 +234,13 @@ impl Run<'_> {
             let Some(seen) = self.hub.seen().await else {
                 continue;
             };
+            // The worst state of all lanes: with some of them always waiting for a
+            // late confirm of what they drain, they are not seen as draining.
             match (seen.state.as_str(), since) {
-                ("draining", None) => since = Some(Instant::now()),
-                ("draining", Some(at)) if at.elapsed() >= into && seen.remaining > 0 => {
+                ("draining" | "suspect", None) => since = Some(Instant::now()),
+                ("draining" | "suspect", Some(at))
+                    if at.elapsed() >= into && seen.remaining > 0 =>
+                {
                     self.facts.at(&seen);
                     break true;
                 }
