@@ -2,7 +2,10 @@
 //! A decision is a record behind its letter, in the letter's partition: it lives
 //! at least as long as the letter, and every hub that reads the log knows it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
@@ -72,13 +75,35 @@ pub(super) async fn read(
         .filter(|p| p.high_watermark > p.low_watermark)
         .map(|p| (p.id, p.high_watermark))
         .collect();
-    let mut options = SubscribeOptions::default().starting(StartFrom::Earliest);
-    options.stream.until = Some(ends.clone());
-    let mut fold = Fold::new(ends, wanted.open, wanted.decided);
-    let pattern = Pattern::from(topic);
-    if fold.is_done() {
+    if ends.is_empty() {
         return Ok(nothing());
     }
+    let fold = Fold::new(ends.clone(), wanted.open, wanted.decided);
+    let fold = read_through(broker, topic, fold, wanted, is_queue).await?;
+    if fold.complete {
+        return Ok(fold.finish());
+    }
+    // A decision stands behind its letter: letters that are decided took the place of
+    // others. With all decisions known from the beginning they do not.
+    let again = fold.again(ends);
+    let fold = read_through(broker, topic, again, wanted, is_queue).await?;
+    Ok(fold.finish())
+}
+
+/// Reads a log to the ends that the fold has.
+async fn read_through(
+    broker: &dyn MessageBroker,
+    topic: &Topic,
+    mut fold: Fold,
+    wanted: &Wanted<'_>,
+    is_queue: &(dyn Fn(&str) -> bool + Send + Sync),
+) -> Result<Fold> {
+    let Some(streams) = broker.event_stream() else {
+        return Ok(fold);
+    };
+    let mut options = SubscribeOptions::default().starting(StartFrom::Earliest);
+    options.stream.until = Some(fold.ends.clone());
+    let pattern = Pattern::from(topic);
     let mut consumer = streams.stream_messages(&pattern, &options).await?;
     while !fold.is_done() {
         let unread = || {
@@ -111,7 +136,7 @@ pub(super) async fn read(
         }
     }
     consumer.control.begin_stop();
-    Ok(fold.finish())
+    Ok(fold)
 }
 
 /// Writes a decision about a letter; without a status it is purged.
@@ -148,6 +173,10 @@ struct Fold {
     complete: bool,
     open: bool,
     decided: bool,
+    /// What was decided about which letter; none: purged.
+    decisions: HashMap<Position, Option<Decision>>,
+    /// All decisions were read before.
+    knows: bool,
 }
 
 impl Fold {
@@ -159,6 +188,17 @@ impl Fold {
             complete: true,
             open,
             decided,
+            decisions: HashMap::new(),
+            knows: false,
+        }
+    }
+
+    /// To read the same once more, knowing what was decided.
+    fn again(self, ends: BTreeMap<i32, i64>) -> Self {
+        Self {
+            decisions: self.decisions,
+            knows: true,
+            ..Self::new(ends, self.open, self.decided)
         }
     }
 
@@ -178,13 +218,22 @@ impl Fold {
         };
         if message.kind == RECORD {
             // What cannot be read decides nothing.
-            if let Ok(record) = serde_json::from_slice(&message.payload) {
+            if !self.knows
+                && let Ok(record) = serde_json::from_slice(&message.payload)
+            {
                 self.apply(partition, record);
             }
         } else {
             let position = (partition, offset);
+            let decision = self.decisions.remove(&position);
             let letter = DeadLetter::of(received, Some(position), is_queue);
-            if keep(&letter) {
+            let letter = match decision {
+                None if self.knows && !self.open => None,
+                None => Some(letter),
+                Some(Some(decision)) if self.decided => Some(letter.decided(decision)),
+                Some(_) => None,
+            };
+            if let Some(letter) = letter.filter(keep) {
                 self.add(position, letter);
             }
         }
@@ -209,20 +258,28 @@ impl Fold {
 
     fn apply(&mut self, partition: i32, record: Record) {
         let position = (partition, record.offset);
-        let Some(letter) = self.letters.remove(&position) else {
-            return;
-        };
-        self.bytes -= letter.size();
-        let Some(status) = record.status else {
-            return;
-        };
-        if self.decided {
-            let decision = Decision {
-                status,
-                at: record.at,
-                note: record.note,
-            };
-            self.add(position, letter.decided(decision));
+        let decision = record.status.map(|status| Decision {
+            status,
+            at: record.at,
+            note: record.note,
+        });
+        let letter = self.letters.remove(&position);
+        if let Some(letter) = &letter {
+            self.bytes -= letter.size();
+        }
+        if let (Some(letter), Some(decision), true) = (letter, &decision, self.decided) {
+            self.add(position, letter.decided(decision.clone()));
+        }
+        // The last one holds; a letter that was purged does not come back.
+        if self.decisions.len() < MOST_DECISIONS {
+            self.decisions
+                .entry(position)
+                .and_modify(|known| {
+                    if known.is_some() {
+                        known.clone_from(&decision);
+                    }
+                })
+                .or_insert(decision);
         }
     }
 
@@ -238,6 +295,10 @@ impl Fold {
         }
     }
 }
+
+/// Decisions that are remembered while a log is read that has more letters than are
+/// read at once.
+const MOST_DECISIONS: usize = 1_000_000;
 
 /// How long nothing may come before the end is reached.
 const STANDSTILL: Duration = Duration::from_secs(10);
@@ -313,6 +374,34 @@ mod tests {
         assert_eq!(read(true, false), named(&open));
         assert_eq!(read(false, true), named(&decided));
         assert_eq!(read(true, true).len(), 3);
+    }
+
+    #[test]
+    fn letters_that_are_decided_take_no_place_of_others() {
+        let decided = MOST_LETTERS as i64 + 3;
+        let letters = 2 * MOST_LETTERS as i64;
+        let status = |n: i64| (n % 3 > 0).then_some(LetterStatus::Processed);
+        let mut records: Vec<Received> = (0..letters).map(|n| letter(0, n)).collect();
+        records.extend((0..decided).map(|n| decision(0, letters + n, n, status(n))));
+        let all = |mut fold: Fold| {
+            for record in &records {
+                fold.feed(record, &|_| true, &|_| false);
+            }
+            assert!(fold.is_done());
+            fold
+        };
+        let ends = BTreeMap::from([(0, letters + decided)]);
+        let open = all(Fold::new(ends.clone(), true, false));
+        assert!(!open.complete);
+        let open = all(open.again(ends.clone())).finish();
+        let rest: Vec<i64> = open.letters.iter().map(|(_, (_, at))| *at).collect();
+        assert_eq!(rest, (decided..letters).collect::<Vec<_>>());
+        assert!(open.complete);
+        // Those that are decided, and were not purged.
+        let done = all(all(Fold::new(ends.clone(), false, true)).again(ends)).finish();
+        let wanted = (0..decided).filter(|n| status(*n).is_some()).count();
+        assert_eq!(done.letters.len(), wanted);
+        assert!(done.complete && done.letters.iter().all(|(l, _)| l.status.is_decided()));
     }
 
     #[test]
