@@ -486,7 +486,7 @@ async fn an_event_on_rabbitmq_reaches_its_readers_also_when_its_topic_is_new() {
             Ok::<(), HandlerError>(())
         }
     };
-    let options = SubscribeOptions::group(&unique("readers"));
+    let options = SubscribeOptions::group(unique("readers"));
     let subscription = hub.subscribe(&pattern, options, handler).await.unwrap();
     let topic = format!("{root}.created");
     // Refused, as NO_ROUTE, until the group's queue is bound.
