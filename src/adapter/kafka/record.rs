@@ -1,6 +1,6 @@
 //! A message as a Kafka record and back, by the wire mapping. No I/O.
 
-use std::collections::HashSet;
+use std::{borrow::Cow, collections::HashSet};
 
 use rdkafka::message::{BorrowedMessage, Header, Headers, Message as _, OwnedHeaders};
 
@@ -141,7 +141,19 @@ pub(super) fn decode(
     message.key = record.key().map(|k| k.to_vec().into());
     let mut marks = Marks::default();
     if let Some(headers) = headers {
-        let pairs = headers.iter().map(|h| (h.key, h.value.unwrap_or_default()));
+        // Names are in lower case here, however a foreign producer writes them.
+        let upper = |name: &str| name.bytes().any(|b| b.is_ascii_uppercase());
+        let named: Vec<Cow<'_, str>> = match headers.iter().any(|h| upper(h.key)) {
+            true => headers
+                .iter()
+                .map(|h| h.key.to_ascii_lowercase().into())
+                .collect(),
+            false => Vec::new(),
+        };
+        let pairs = headers.iter().enumerate().map(|(n, h)| {
+            let name = named.get(n).map_or(h.key, |name| name.as_ref());
+            (name, h.value.unwrap_or_default())
+        });
         marks = wire::decode(&mut message, pairs, Carrier::Kafka);
     }
     message.topic = Some(topic.as_str().to_owned());
