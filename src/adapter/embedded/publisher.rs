@@ -354,7 +354,7 @@ impl State {
         let unknown = || {
             Error::new(
                 ErrorCode::TopicNotFound,
-                "there is no such queue or stream; declare it, or set embedded.auto_declare",
+                "there is no such queue or stream; declare it, or set hub.auto_declare (MESSAGING_AUTO_DECLARE)",
             )
             .at(BrokerType::InMemory)
             .on(topic.as_str())
