@@ -170,6 +170,10 @@ impl IntoResponse for Problem {
                 HeaderValue::from(after.as_secs().max(1)),
             );
         }
+        if self.status() == StatusCode::UNAUTHORIZED {
+            let scheme = HeaderValue::from_static("Bearer");
+            headers.insert(header::WWW_AUTHENTICATE, scheme);
+        }
         response
     }
 }
