@@ -1,5 +1,7 @@
 //! The counters as JSON and for Prometheus.
 
+use std::time::Duration;
+
 use axum::{
     Json,
     extract::State,
@@ -27,9 +29,15 @@ pub(super) async fn json(State(app): State<App>) -> Json<HubMetrics> {
     Json(app.hub().metrics())
 }
 
+/// How long the queues' depths are waited for; the page does without them then.
+const DEPTHS: Duration = Duration::from_secs(2);
+
 /// `GET /metrics`, in Prometheus' text form.
 pub(super) async fn prometheus(State(app): State<App>) -> Response {
-    let depths = app.hub().queue_depths().await;
+    // A broker that stands still must not take the rest of the page with it: scrapers
+    // give up after ten seconds.
+    let depths = tokio::time::timeout(DEPTHS, app.hub().queue_depths()).await;
+    let depths = depths.unwrap_or_default();
     let render = || -> Result<Vec<u8>, prometheus::Error> {
         // A registry for each scrape: the hub keeps the counts, this only
         // renders them.
