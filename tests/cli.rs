@@ -94,6 +94,22 @@ fn a_group_reads_a_stream_once_across_runs() {
 }
 
 #[test]
+fn a_pattern_over_work_queues_prints_what_comes_to_any_of_them() {
+    let hub = Hub::start();
+    for (topic, body) in [
+        ("tasks.p.a", "one"),
+        ("tasks.p.b", "two"),
+        ("tasks.q", "no"),
+    ] {
+        done(&hub.run(&["publish", topic, "--payload", body]));
+    }
+    let printed = done(&hub.run(&["subscribe", "tasks.p.#", "--count", "2"]));
+    let mut lines: Vec<_> = printed.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["one", "two"]);
+}
+
+#[test]
 fn a_payload_comes_from_a_file_or_from_stdin() {
     let hub = Hub::start();
     let folder = tempfile::tempdir().unwrap();

@@ -896,6 +896,26 @@ async fn while_the_broker_is_away_publishes_are_spooled_and_what_is_left_ends_it
 }
 
 #[tokio::test]
+async fn a_pattern_over_work_queues_is_leased_from_all_of_them() {
+    let hub = Hub::start();
+    for (topic, id) in [("tasks.p.a", "a"), ("tasks.p.b", "b"), ("tasks.q", "q")] {
+        publish(&hub, topic, id).await;
+    }
+    let mut ids = Vec::new();
+    while ids.len() < 2 {
+        for given in lease(&hub, "tasks.p.*", json!({"max": 5, "wait_ms": 20_000})).await {
+            ids.push(given["message"]["id"].as_str().unwrap().to_owned());
+            let done = settle(&hub, &given, "ack", json!({})).await;
+            assert_eq!(done, StatusCode::NO_CONTENT);
+        }
+    }
+    ids.sort();
+    assert_eq!(ids, ["a", "b"]);
+    let rest = lease(&hub, "tasks.p.%23", json!({"wait_ms": 0})).await;
+    assert!(rest.is_empty(), "{rest:?}");
+}
+
+#[tokio::test]
 async fn a_new_topic_is_a_queue_or_a_stream_as_its_route_says() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("hub.yaml");

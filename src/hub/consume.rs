@@ -215,9 +215,9 @@ impl MessagingHub {
         self.subscribe_events(pattern, options, handler).await
     }
 
-    /// Takes up to `max` messages of a queue, waiting up to `wait` for the
-    /// first. They stay unsettled at the broker until the caller settles or
-    /// drops them.
+    /// Takes up to `max` messages of a queue, or of all queues that a pattern covers,
+    /// waiting up to `wait` for the first. They stay unsettled at the broker until the
+    /// caller settles or drops them.
     ///
     /// # Errors
     /// `QUEUE_NOT_FOUND`; `INVALID_CONFIG` for a stream.
@@ -226,10 +226,9 @@ impl MessagingHub {
     /// What arrived meanwhile is given back.
     pub async fn lease(&self, queue: &str, max: usize, wait: Duration) -> Result<Vec<Delivery>> {
         self.check_open()?;
-        let queue = self.canonical(queue)?;
-        let pattern = Pattern::from(&queue);
-        let route = self.route_of(&pattern)?;
-        if route.kind != RouteKind::Task {
+        let pattern = self.pattern(queue)?;
+        let queue = pattern.to_string();
+        if self.kind_of_pattern(&pattern) != RouteKind::Task {
             return Err(Error::rejected(
                 ErrorCode::InvalidConfig,
                 format!("{queue} is a stream; read it with /v1/stream"),
@@ -237,8 +236,13 @@ impl MessagingHub {
             .on(queue.as_str()));
         }
         let max = max.clamp(1, MAX_LEASE);
-        let options =
-            SubscribeOptions::default().with_prefetch(u16::try_from(max).unwrap_or(u16::MAX));
+        let prefetch = match pattern.literal() {
+            Some(_) => u16::try_from(max).unwrap_or(u16::MAX),
+            // Each queue hands out as much, and what is too much is given back, which
+            // queues count.
+            None => 1,
+        };
+        let options = SubscribeOptions::default().with_prefetch(prefetch);
         let mut consumer = self.consume_from(&Source::Queue(pattern), &options).await?;
         let mut leased = Vec::new();
         let mut until = tokio::time::Instant::now() + wait;

@@ -438,6 +438,18 @@ impl MessagingHub {
             .map_or(RouteKind::Event, |(_, r)| r.kind)
     }
 
+    /// The same of what a pattern covers: of the first route whose topics begin as the
+    /// pattern does.
+    #[must_use]
+    pub fn kind_of_pattern(&self, pattern: &Pattern) -> RouteKind {
+        match pattern.literal() {
+            Some(topic) => self.kind_of(&topic),
+            None => self
+                .route_of(pattern)
+                .map_or(RouteKind::Event, |route| route.kind),
+        }
+    }
+
     /// Notes which guarantees the configuration weakens, for `/v1/state`.
     pub fn set_weakened(&self, weakened: Vec<Weakness>) {
         *lock(&self.0.weakened) = weakened;

@@ -16,6 +16,7 @@ use crate::{
     config::RouteKind,
     error::{Error, ErrorCode},
     message::{Message, Timestamp, wire::Failure},
+    topic::Pattern,
 };
 
 /// What a lease asks for.
@@ -225,7 +226,8 @@ pub(super) async fn ack_many(
 /// A queue that does not exist is an answer of its own, also where publishing
 /// to it would make it. While its broker cannot be asked, the lease decides.
 async fn known(app: &App, queue: &str) -> Result<(), Problem> {
-    if app.hub().kind_of(queue) == RouteKind::Event {
+    let pattern = Pattern::new(queue).map_err(|e| Problem::from(e).on(queue))?;
+    if app.hub().kind_of_pattern(&pattern) == RouteKind::Event {
         return Err(Error::rejected(
             ErrorCode::QueueNotFound,
             format!(
@@ -234,6 +236,10 @@ async fn known(app: &App, queue: &str) -> Result<(), Problem> {
         )
         .on(queue)
         .into());
+    }
+    if pattern.literal().is_none() {
+        // Of the queues that it covers some may be made yet.
+        return Ok(());
     }
     match app.hub().queue_stats(queue).await {
         Err(e)

@@ -89,15 +89,14 @@ pub(super) async fn stream(
         return Err(Problem::shutting_down());
     }
     let pattern = Pattern::new(&ask.pattern).map_err(Problem::from)?;
-    if let Some(topic) = pattern.literal()
-        && app.hub().kind_of(&topic) == RouteKind::Task
-    {
+    if app.hub().kind_of_pattern(&pattern) == RouteKind::Task {
+        let queue = pattern.as_str();
         return Err(Problem::http(
             StatusCode::CONFLICT,
             "WORK_QUEUE",
-            format!("{topic} is a work queue, and those are leased: POST /v1/queues/{topic}/lease"),
+            format!("{queue} is a work queue, and those are leased: POST /v1/queues/{queue}/lease"),
         )
-        .on(&topic));
+        .on(queue));
     }
     if ask.ack == AckMode::Cursor && ask.group.is_none() {
         return Err(Problem::parameter(
