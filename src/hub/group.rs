@@ -14,7 +14,7 @@ use super::{
 use crate::{
     broker::{Delivery, Verdict},
     config::WindowSettings,
-    message::{Timestamp, wire::Failure},
+    message::Timestamp,
 };
 
 pub(crate) use super::dedup::Lease;
@@ -87,18 +87,7 @@ impl Group {
             // nothing about whether it came before.
             return Taken::New(delivery, None);
         }
-        let mut id = delivery.marks.identity(delivery.message.id.as_str());
-        if delivery.is_dead_letter()
-            && let Some(failure) = &delivery.marks.failure
-        {
-            // One message that failed in two groups, or queues, is two letters.
-            let Failure {
-                original_topic,
-                last,
-                ..
-            } = &**failure;
-            id = format!("{id}\u{0}{original_topic}\u{0}{}", last.as_millis()).into();
-        }
+        let id = delivery.marks.identity(delivery.message.id.as_str());
         let mut window = lock(&self.window);
         let offer = window.offer(
             Timestamp::now(),
@@ -242,28 +231,6 @@ mod tests {
         for _ in 0..4 {
             assert!(verdicts.try_recv().is_ok_and(acked));
         }
-    }
-
-    #[test]
-    fn one_message_that_failed_twice_is_two_letters_and_each_is_one() {
-        let (settlements, _verdicts) = mpsc::unbounded_channel();
-        let group = group(10);
-        let letter = |of: &str| {
-            let mut letter = delivery("a", &[], &settlements).received().clone();
-            let mut failure = Failure::now("r", "d", of, None);
-            failure.last = Timestamp::from_millis(5);
-            letter.marks = Arc::new(Marks {
-                failure: Some(Box::new(failure)),
-                ..Marks::default()
-            });
-            Delivery::new(letter, settlements.clone(), 0)
-        };
-        for of in ["queue.a", "queue.b"] {
-            handle(&group, letter(of));
-            assert!(matches!(group.take_in(letter(of)), Taken::Kept));
-        }
-        // A retry goes back to where it failed, and is known by its attempt.
-        handle(&group, letter("t"));
     }
 
     #[test]
