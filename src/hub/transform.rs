@@ -5,13 +5,13 @@
 //! What a message is checked for on its way to a handler, and what a publish is
 //! checked for, is checked here too; the adapter reads, writes and commits.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc};
 
 use tokio_util::sync::CancellationToken;
 
 #[cfg(feature = "schema")]
 use super::schemas::{self, Checks};
-use super::{MessagingHub, Running, atomic::Checked};
+use super::{MessagingHub, Running};
 use crate::{
     broker::{
         HandlerError, Outgoing, PublishOptions, Received, SubscribeOptions, Subscription,
@@ -181,49 +181,27 @@ where
         }
         #[cfg(feature = "schema")]
         if let Some(checks) = &self.checks {
-            let mut looked = checks.check(&received).await;
-            while waited_for_registry(&looked).await {
-                looked = checks.check(&received).await;
-            }
-            looked.map_err(|e| failure(schemas::REASON, &e))?;
+            checks
+                .check(&received)
+                .await
+                .map_err(|e| failure(schemas::REASON, &e))?;
         }
         let made = (self.handler)(received).await.map_err(Into::into)?;
         let mut outputs = Vec::with_capacity(made.len());
         for (topic, message) in made {
-            let mut checked = self.checked(&topic, message.clone()).await;
-            while waited_for_registry(&checked).await {
-                checked = self.checked(&topic, message.clone()).await;
-            }
-            let checked = checked.map_err(|e| failure("refused", &e))?;
+            let checked = async {
+                let topic = self.hub.canonical(&topic)?;
+                let options = PublishOptions::default();
+                self.hub
+                    .checked(&topic, self.number, message, &options)
+                    .await
+            };
+            let checked = checked.await.map_err(|e| failure("refused", &e))?;
             outputs.push(checked.out);
         }
         Ok(outputs)
     }
-
-    async fn checked(&self, topic: &str, message: Message) -> Result<Checked> {
-        let topic = self.hub.canonical(topic)?;
-        let options = PublishOptions::default();
-        self.hub
-            .checked(&topic, self.number, message, &options)
-            .await
-    }
 }
-
-/// Waits, if the schema registry is away, as subscriptions do: that says nothing about
-/// a message, and is no attempt. Says whether to look again.
-async fn waited_for_registry<T>(looked: &Result<T>) -> bool {
-    match looked {
-        Err(error) if error.code() == ErrorCode::SchemaUnavailable => {
-            tracing::warn!(%error, "a transform waits for the schema of a message");
-            tokio::time::sleep(PAUSE).await;
-            true
-        }
-        _ => false,
-    }
-}
-
-/// Between two questions to a schema registry that is away.
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// What the hub refuses will be refused again; what it cannot find out now may be
 /// found out later.
