@@ -15,6 +15,7 @@ use super::{
     error::{self, Refusal, refusal, unsupported},
     lane::{self, Port, Target},
     link::Link,
+    queue,
     shared::Shared,
 };
 use crate::{
@@ -37,7 +38,7 @@ pub(super) async fn open_lane(
     }
     let (exchange, key) = match &options.address {
         Some(address) => address.clone(),
-        None => address_of(shared, topic, options.kind),
+        None => address_of(shared, topic, options.kind).await?,
     };
     let short = |text: &str| {
         ShortString::try_new(text).map_err(|_| {
@@ -122,17 +123,34 @@ pub(super) async fn open(
 /// Where a topic is published: a queue that the topology knows by its first
 /// binding (or name), a stream to the event exchange with the topic as key,
 /// anything else to the queue of its name.
-fn address_of(shared: &Shared, topic: &Topic, kind: Option<TopicKind>) -> (String, String) {
+async fn address_of(
+    shared: &Shared,
+    topic: &Topic,
+    kind: Option<TopicKind>,
+) -> Result<(String, String)> {
     let topology = &shared.topology;
     let is_queue = topology.queue(topic).is_some() || shared.is_declared(topic);
-    if !is_queue && (kind == Some(TopicKind::Stream) || shared.is_stream(topic)) {
-        return (
+    let is_stream = shared.is_stream(topic)
+        || kind == Some(TopicKind::Stream) && !is_queue && !is_a_queue(shared, topic).await?;
+    if is_stream && !is_queue {
+        return Ok((
             topology.event_exchange().to_owned(),
             topic.as_str().to_owned(),
-        );
+        ));
     }
     let address = topology.amqp_address(topic);
-    (address.exchange, address.routing_key)
+    Ok((address.exchange, address.routing_key))
+}
+
+/// Whether somebody has made a queue of this name, which is published to then,
+/// whatever its topic is by the routes.
+async fn is_a_queue(shared: &Shared, name: &str) -> Result<bool> {
+    let link = shared.current()?;
+    match queue::look(&link, name).await {
+        Ok(_) => Ok(true),
+        Err(e) if e.code() == ErrorCode::QueueNotFound => Ok(false),
+        Err(e) => Err(e),
+    }
 }
 
 async fn check_exchange(link: &Link, target: &Target) -> Result<()> {
