@@ -36,9 +36,10 @@ impl MessagingHub {
             // A message that carries the default has said nothing.
             message.max_retries = self.0.config.retry.max_retries;
         }
-        // The copy of a letter that cannot be expanded here goes on as it stands,
-        // with the mark that no publisher may set.
-        let packed = (marks.are_of_a_copy() && compression::is_marked(message))
+        // The copy of a letter, or a replayed one, that cannot be expanded here goes on
+        // as it stands, with the mark that no publisher may set.
+        let ours = marks.are_of_a_copy() || marks.replay.is_some();
+        let packed = (ours && compression::is_marked(message))
             .then(|| message.headers.remove(COMPRESSED))
             .flatten();
         message

@@ -14,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 use super::{Inner, MessagingHub, lock, resting, route::RouteKind};
 use crate::{
     broker::PublishOptions,
+    compression,
     error::{Error, ErrorCode, Result},
-    message::Timestamp,
+    message::{Message, Timestamp},
     replay::{
         Copied, Entry, Job, MAX_TOPICS, Outcome, Replay, ReplayProgress, ReplayRequest, Sink,
         Source, Wanted, run,
@@ -58,8 +59,7 @@ impl MessagingHub {
     /// `REPLAY_EXISTS`; `TOPIC_NOT_FOUND`; why a broker cannot be asked.
     ///
     /// # Cancel safety
-    /// Dropped, the replay goes on if it was accepted; see
-    /// [`MessagingHub::replays`].
+    /// Dropped, the replay is cancelled.
     pub async fn start_replay(&self, request: ReplayRequest) -> Result<Replay> {
         self.check_open()?;
         let wanted = Wanted::check(&request, |name| self.canonical(name))?;
@@ -113,7 +113,6 @@ impl MessagingHub {
         self.0.tasks.spawn(run(
             job,
             sources,
-            self.0.max_message_bytes,
             sink,
             entry.cancel.clone(),
             report,
@@ -251,6 +250,18 @@ struct HubSink {
     cancel: CancellationToken,
 }
 
+/// A message as it was published, if a hub compressed it. What cannot be expanded
+/// stays as it is, marked.
+fn whole(message: Message, most: usize) -> Message {
+    if !compression::is_marked(&message) {
+        return message;
+    }
+    match compression::expand(&message, most) {
+        Ok(Some(whole)) => whole,
+        Ok(None) | Err(_) => message,
+    }
+}
+
 impl Sink for HubSink {
     fn publish(&self, batch: Vec<Copied>) -> BoxFuture<'static, Vec<Outcome>> {
         let (hub, cancel) = (self.hub.clone(), self.cancel.clone());
@@ -280,6 +291,7 @@ impl Sink for HubSink {
                     ..
                 } = copied;
                 let first = marks.replay.as_ref().map(|r| r.of.clone());
+                let message = whole(message, hub.0.max_message_bytes);
                 let accepted = tokio::select! {
                     accepted = hub.enqueue_marked(&target, publisher, message, &options, None, marks) => accepted,
                     // Until it is accepted nothing was published.

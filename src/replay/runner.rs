@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     future::Future,
-    sync::Arc,
     time::Duration,
 };
 
@@ -19,7 +18,6 @@ use super::{
 };
 use crate::{
     broker::{Consumer, Received, StartFrom, StreamOptions, SubscribeOptions},
-    compression,
     error::{Error, ErrorCode, Result},
 };
 
@@ -47,23 +45,11 @@ struct Reading {
     waiting: VecDeque<Received>,
 }
 
-/// A message as it was published, if a hub compressed it. What cannot be expanded
-/// stays as it is, marked.
-fn whole(mut received: Received, most: usize) -> Received {
-    if compression::is_marked(&received.message)
-        && let Ok(Some(message)) = compression::expand(&received.message, most)
-    {
-        received.message = Arc::new(message);
-    }
-    received
-}
-
 /// Carries a replay out, and reports. `planned` is called once it is known
-/// whether it can be done. Payloads may have `most` bytes once they are expanded.
+/// whether it can be done.
 pub(crate) async fn run(
     mut job: Job,
     sources: Vec<Source>,
-    most: usize,
     sink: impl Sink,
     cancel: CancellationToken,
     report: watch::Sender<ReplayProgress>,
@@ -119,7 +105,7 @@ pub(crate) async fn run(
                     continue;
                 };
                 if let Some(received) = from.waiting.pop_front() {
-                    job.message(&whole(received, most));
+                    job.message(&received);
                     continue;
                 }
                 tokio::select! {
