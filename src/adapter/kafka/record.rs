@@ -141,8 +141,12 @@ pub(super) fn decode(
     message.key = record.key().map(|k| k.to_vec().into());
     let mut marks = Marks::default();
     if let Some(headers) = headers {
-        // Names are in lower case here, however a foreign producer writes them.
-        let upper = |name: &str| name.bytes().any(|b| b.is_ascii_uppercase());
+        // Names are in lower case here, however a foreign producer writes them; but for
+        // those that are keys of a task or an event.
+        let upper = |name: &str| {
+            let is_key = name.starts_with(wire::names::TASK_PREFIX) || name.starts_with("ce_");
+            !is_key && name.bytes().any(|b| b.is_ascii_uppercase())
+        };
         let named: Vec<Cow<'_, str>> = match headers.iter().any(|h| upper(h.key)) {
             true => headers
                 .iter()
