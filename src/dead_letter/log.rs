@@ -218,14 +218,13 @@ impl Fold {
         };
         if message.kind == RECORD {
             // What cannot be read decides nothing.
-            if !self.knows
-                && let Ok(record) = serde_json::from_slice(&message.payload)
-            {
+            if let Ok(record) = serde_json::from_slice(&message.payload) {
                 self.apply(partition, record);
             }
         } else {
             let position = (partition, offset);
-            let decision = self.decisions.remove(&position);
+            let decision = self.decisions.get(&position).filter(|_| self.knows);
+            let decision = decision.cloned();
             let letter = DeadLetter::of(received, Some(position), is_queue);
             let letter = match decision {
                 None if self.knows && !self.open => None,
@@ -270,8 +269,10 @@ impl Fold {
         if let (Some(letter), Some(decision), true) = (letter, &decision, self.decided) {
             self.add(position, letter.decided(decision.clone()));
         }
-        // The last one holds; a letter that was purged does not come back.
-        if self.decisions.len() < MOST_DECISIONS {
+        // The last one holds; a letter that was purged does not come back. What is
+        // beyond the bound is applied in the second reading too.
+        if !self.knows && self.decisions.len() < MOST_DECISIONS {
+            let decision = decision.filter(|_| self.decided);
             self.decisions
                 .entry(position)
                 .and_modify(|known| {
