@@ -381,7 +381,7 @@ impl Resting {
             match rest(&hub, topic, &received, failure.clone()).await {
                 // The copy is safe, so the original may go.
                 Ok(()) => pass(&upstream, Verdict::Ack, done),
-                Err(error) if error.is_refusal() => {
+                Err(error) if is_of_the_message(&error) => {
                     // A foreign message that the hub itself would not publish: it would
                     // be refused each time, and never come to its last attempt.
                     tracing::warn!(
@@ -411,6 +411,19 @@ impl Resting {
             }
         }));
     }
+}
+
+/// Whether a refusal says something about the message, and not about where it was to
+/// go: a topic or a right that is missing may be there soon.
+fn is_of_the_message(error: &Error) -> bool {
+    error.is_refusal()
+        && matches!(
+            error.code(),
+            ErrorCode::MessageInvalid
+                | ErrorCode::MessageTooLarge
+                | ErrorCode::MessageExpired
+                | ErrorCode::SchemaInvalid
+        )
 }
 
 /// Publishes the copy that is tried again, and waits until it is safe.
