@@ -130,6 +130,11 @@ impl Delivery {
         self.settle.as_ref().is_none_or(|(tx, _)| !tx.is_closed())
     }
 
+    /// Whether anybody hears its verdict.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.settle.is_none()
+    }
+
     /// Handled.
     ///
     /// # Errors

@@ -286,8 +286,13 @@ impl Span {
                 delivery.settle_now(Verdict::Ack);
                 continue;
             }
+            // For a reader without a group nothing is buried: others have it as well.
+            let buries = !delivery.is_settled();
             let Some(delivery) = expanded(delivery, self.parts.most) else {
-                self.parts.recorder.messages_dead_lettered.inc();
+                self.parts
+                    .recorder
+                    .messages_dead_lettered
+                    .add(u64::from(buries));
                 continue;
             };
             #[cfg(feature = "schema")]
@@ -299,7 +304,10 @@ impl Span {
             let delivery = match looked {
                 Checked::Fits(delivery) => delivery,
                 Checked::Gone => {
-                    self.parts.recorder.messages_dead_lettered.inc();
+                    self.parts
+                        .recorder
+                        .messages_dead_lettered
+                        .add(u64::from(buries));
                     continue;
                 }
                 Checked::Ask(delivery, guard, question) => {
