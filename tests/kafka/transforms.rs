@@ -246,10 +246,9 @@ async fn what_fails_is_tried_again_and_buried_within_the_transaction() {
         ]
     );
     // One try and two retries, and the last of them again if what the broker refuses
-    // was in its transaction; from then on they are handled one by one. A transaction
-    // that a busy broker did not let through costs one more: it goes back whole.
+    // was in its transaction; from then on they are handled one by one.
     let tries = tries.load(Ordering::SeqCst);
-    assert!(matches!(tries, 3..=5), "{tries} tries");
+    assert!(matches!(tries, 3 | 4), "{tries} tries");
     let seen = committed(node.bootstrap(), &[&to]).await;
     let counts = counts(seen.into_iter().map(|s| s.body));
     assert_eq!(counts.len(), 196);
