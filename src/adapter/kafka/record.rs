@@ -141,17 +141,8 @@ pub(super) fn decode(
     message.key = record.key().map(|k| k.to_vec().into());
     let mut marks = Marks::default();
     if let Some(headers) = headers {
-        // Names are in lower case here, however a foreign producer writes them; but for
-        // those that are keys of a task or an event.
-        let upper = |name: &str| {
-            let is_key = name.starts_with(wire::names::TASK_PREFIX) || name.starts_with("ce_");
-            !is_key && name.bytes().any(|b| b.is_ascii_uppercase())
-        };
-        let named: Vec<Cow<'_, str>> = match headers.iter().any(|h| upper(h.key)) {
-            true => headers
-                .iter()
-                .map(|h| h.key.to_ascii_lowercase().into())
-                .collect(),
+        let named: Vec<Cow<'_, str>> = match headers.iter().any(|h| is_foreign(h.key)) {
+            true => headers.iter().map(|h| lower_case(h.key)).collect(),
             false => Vec::new(),
         };
         let pairs = headers.iter().enumerate().map(|(n, h)| {
@@ -180,9 +171,33 @@ fn foreign_id(topic: &str, partition: i32, offset: i64) -> String {
 /// What the client library takes in one header, with room to spare.
 const MAX_HEADER: usize = i32::MAX as usize / 4;
 
+/// Whether a name is written as no hub writes it. The keys of a task's metadata and
+/// of an event's extensions are written as they are.
+fn is_foreign(name: &str) -> bool {
+    let is_key = name.starts_with(wire::names::TASK_PREFIX) || name.starts_with("ce_");
+    !is_key && name.bytes().any(|b| b.is_ascii_uppercase())
+}
+
+/// A header's name as readers get it, however a foreign producer writes it.
+fn lower_case(name: &str) -> Cow<'_, str> {
+    if is_foreign(name) {
+        name.to_ascii_lowercase().into()
+    } else {
+        name.into()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_in_lower_case_but_for_the_keys_of_tasks_and_events() {
+        assert_eq!(lower_case("X-Tenant"), "x-tenant");
+        for kept in ["x-tenant", "hub-task-meta-tenantId", "ce_myExtension"] {
+            assert_eq!(lower_case(kept), kept);
+        }
+    }
 
     #[test]
     fn ids_of_foreign_records_are_valid_for_every_topic() {
