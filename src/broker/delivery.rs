@@ -130,7 +130,7 @@ impl Delivery {
         self.settle.as_ref().is_none_or(|(tx, _)| !tx.is_closed())
     }
 
-    /// Whether anybody hears its verdict.
+    /// Whether no verdict is waited for: it had one, or needs none.
     pub(crate) fn is_settled(&self) -> bool {
         self.settle.is_none()
     }
