@@ -55,6 +55,13 @@ fn failure(details: &str) -> Failure {
     Failure::now("handler_error", details, "t", None)
 }
 
+fn retry(delay: Duration) -> Verdict {
+    Verdict::Retry {
+        delay,
+        failure: failure("boom"),
+    }
+}
+
 impl Lane {
     fn new() -> Self {
         Self {
@@ -370,13 +377,7 @@ fn a_failed_event_rests_in_its_key_and_at_last_a_copy_goes_to_the_dead_letters()
     let mut lane = Lane::away_with(&[0, 0, 1]);
     let first = lane.take("a", 1);
     let delay = Duration::from_secs(1);
-    lane.settle(
-        first[0].0,
-        Verdict::Retry {
-            delay,
-            failure: failure("boom"),
-        },
-    );
+    lane.settle(first[0].0, retry(delay));
     assert_eq!(ids(&lane.take("a", 9)), ["e3"], "only its key waits");
     assert_eq!(ids(&lane.take("b", 1)), ["e1"], "another group does not");
     let due = lane.machine.next_deadline(lane.now()).unwrap();
@@ -473,10 +474,7 @@ fn events_are_handed_out_during_an_outage_only() {
 fn a_group_that_nobody_reads_for_is_forgotten_and_begins_anew() {
     let mut lane = Lane::away_with(&[0]);
     let taken = lane.take("a", 1);
-    let verdict = Verdict::Retry {
-        delay: Duration::from_secs(60),
-        failure: failure("boom"),
-    };
+    let verdict = retry(Duration::from_secs(60));
     // Not while it has something in hand.
     lane.machine.keep_groups(|_| false);
     lane.settle(taken[0].0, verdict);
@@ -509,10 +507,7 @@ fn what_was_in_the_air_and_is_spooled_late_is_handed_out_before_what_came_after_
 fn what_rests_when_a_drain_begins_rests_no_longer_in_the_next_outage() {
     let mut lane = Lane::away_with(&[0]);
     let taken = lane.take("a", 1);
-    let verdict = Verdict::Retry {
-        delay: Duration::from_secs(3_600),
-        failure: failure("boom"),
-    };
+    let verdict = retry(Duration::from_secs(3_600));
     lane.settle(taken[0].0, verdict);
     assert!(lane.take("a", 1).is_empty(), "it rests");
     lane.back();
@@ -607,13 +602,7 @@ fn run(seed: u64) {
                 let (tag, group, id, _) = out.swap_remove(rng.usize(..out.len()));
                 match rng.u32(..6) {
                     0 => lane.settle(tag, Verdict::Requeue),
-                    1 => lane.settle(
-                        tag,
-                        Verdict::Retry {
-                            delay: Duration::from_millis(rng.u64(1..500)),
-                            failure: failure("boom"),
-                        },
-                    ),
+                    1 => lane.settle(tag, retry(Duration::from_millis(rng.u64(1..500)))),
                     _ => {
                         lane.settle(tag, Verdict::Ack);
                         handled.insert((group, id), 1);
