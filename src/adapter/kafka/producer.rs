@@ -365,6 +365,17 @@ impl Producer {
         }
     }
 
+    /// Asks the brokers, on this thread, about a topic. What they answer is of no
+    /// interest here: the client library takes each answer as an occasion to ask
+    /// for the producer's number, if it has none.
+    pub(super) fn nudge(&self, topic: &str, within: Duration) {
+        if let Some(inner) = &self.inner
+            && let Err(error) = inner.client().fetch_metadata(Some(topic), within)
+        {
+            tracing::debug!(target: "messaging_hub::kafka", %error, "a producer without a number was not answered");
+        }
+    }
+
     /// Waits, on this thread, until everything queued has its outcome.
     pub(super) fn flush(&self, within: std::time::Duration) -> bool {
         self.inner.as_ref().is_none_or(|p| p.flush(within).is_ok())

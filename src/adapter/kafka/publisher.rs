@@ -7,11 +7,14 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, MissedTickBehavior, interval},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
@@ -203,9 +206,12 @@ impl Publisher {
         producers.insert(make, Arc::clone(&producer));
         drop(producers);
         let this = Arc::clone(self);
-        let shared = Arc::clone(&producer.shared);
-        self.lanes
-            .spawn(async move { this.look_after(make, &shared).await });
+        let (shared, topic) = (Arc::clone(&producer.shared), topic.clone());
+        let unnumbered = Arc::downgrade(&producer);
+        self.lanes.spawn(async move {
+            let hasten = hasten(unnumbered, topic, this.lanes.clone());
+            this.look_after(make, &shared, hasten).await;
+        });
         Ok(producer)
     }
 
@@ -229,17 +235,25 @@ impl Publisher {
         Producer::new(&config, batch, link, self.reaper.clone()).map(Arc::new)
     }
 
-    /// Gives a producer a reserve once it works, and gives it up when it stands
-    /// still.
-    async fn look_after(&self, make: Make, shared: &producer::Shared) {
+    /// Hastens a producer until it works, gives it a reserve then, and gives it up
+    /// when it stands still.
+    async fn look_after(
+        &self,
+        make: Make,
+        shared: &producer::Shared,
+        hasten: impl Future<Output = ()>,
+    ) {
         let limit = self.config.message_timeout;
         let mut without = self.config.enable_idempotence;
+        let mut hastens = without;
+        tokio::pin!(hasten);
         loop {
             tokio::select! {
                 () = shared.proven(), if without => {
-                    without = false;
+                    (without, hastens) = (false, false);
                     self.reserve(make);
                 }
+                () = &mut hasten, if hastens => hastens = false,
                 () = shared.stalled(limit) => {
                     tracing::warn!(target: "messaging_hub::kafka", ?limit,
                         "no outcome came for so long that the producer is given up");
@@ -340,6 +354,28 @@ impl Publisher {
 
     fn producers(&self) -> MutexGuard<'_, HashMap<Make, Arc<Producer>>> {
         guard(&self.producers)
+    }
+}
+
+/// Nudges a producer for a while, so that it has its number sooner. A cluster that
+/// has just started refuses the first request for one, and the client library
+/// asks again after half a second, or when it hears of the cluster.
+async fn hasten(producer: Weak<Producer>, topic: Topic, tasks: TaskTracker) {
+    let until = Instant::now() + HASTENING;
+    let mut turns = interval(NUDGE);
+    turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while Instant::now() < until {
+        turns.tick().await;
+        // Held on to for one question only: one that is given up has to be purged.
+        let Some(producer) = producer.upgrade() else {
+            return;
+        };
+        let topic = topic.clone();
+        // Tracked, because whoever closes has to see the last of the producer.
+        let asked = tasks.spawn_blocking(move || producer.nudge(topic.as_str(), NUDGE_PATIENCE));
+        if asked.await.is_err() {
+            return;
+        }
     }
 }
 
@@ -453,6 +489,15 @@ fn ended(topic: &Topic) -> Error {
 
 /// Above the message timeout, for the last callbacks.
 const FLUSH_SLACK: Duration = Duration::from_secs(2);
+
+/// How long a producer that has yet to store its first record is hastened.
+const HASTENING: Duration = Duration::from_secs(2);
+
+/// Between two nudges.
+const NUDGE: Duration = Duration::from_millis(25);
+
+/// How long a nudge may wait for its answer.
+const NUDGE_PATIENCE: Duration = Duration::from_millis(250);
 
 /// Smaller batches than this are not made for any topic's sake.
 const SMALLEST_BATCH: usize = 1024;
