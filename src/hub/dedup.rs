@@ -16,7 +16,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
-    hash::Hasher,
+    hash::{BuildHasherDefault, Hash, Hasher},
     time::Duration,
 };
 
@@ -31,8 +31,39 @@ use crate::message::Timestamp;
 pub(crate) struct IdHasher([u8; 16]);
 
 /// The hash of a topic and an id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct IdHash([u64; 2]);
+
+impl Hash for IdHash {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.0[0]);
+    }
+}
+
+/// A map by ids. They are hashes already, under a key that nobody can guess: to
+/// hash them once more would protect nothing.
+pub(crate) type IdMap<V> = HashMap<IdHash, V, BuildHasherDefault<AsItIs>>;
+
+/// Takes a number for its own hash.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct AsItIs(u64);
+
+impl Hasher for AsItIs {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        self.0 = number;
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        // Only numbers come here; whatever else would come is told apart.
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+}
 
 impl IdHasher {
     /// A key that nobody can guess.
@@ -105,12 +136,12 @@ pub(crate) struct DedupWindow<T> {
     hasher: IdHasher,
     /// What times are counted from; the first one seen.
     base: Option<Timestamp>,
-    settled: HashMap<IdHash, Settled>,
+    settled: IdMap<Settled>,
     /// When what was settled, oldest first. An id that was settled again has
     /// more than one entry, of which the last counts.
     order: VecDeque<(u32, IdHash)>,
     /// Ids in handlers' hands; few, since each is an unsettled delivery.
-    leased: HashMap<IdHash, Leased<T>>,
+    leased: IdMap<Leased<T>>,
     serial: u64,
     counts: DedupCounts,
 }
@@ -192,9 +223,9 @@ impl<T> DedupWindow<T> {
             max_age: u32::try_from(max_age.as_secs()).unwrap_or(u32::MAX),
             hasher,
             base: None,
-            settled: HashMap::new(),
+            settled: IdMap::default(),
             order: VecDeque::new(),
-            leased: HashMap::new(),
+            leased: IdMap::default(),
             serial: 0,
             counts: DedupCounts::default(),
         }

@@ -9,12 +9,9 @@
 //! Pure: no clock, no channel, no task. Ids are kept as the hashes of
 //! [`super::dedup`], with the same odds against mistaking one for another.
 
-use std::{
-    collections::{HashMap, VecDeque},
-    time::Duration,
-};
+use std::{collections::VecDeque, time::Duration};
 
-use super::dedup::{IdHash, IdHasher};
+use super::dedup::{IdHash, IdHasher, IdMap};
 use crate::{
     message::{MessageId, Timestamp},
     topic::Topic,
@@ -27,7 +24,7 @@ pub(crate) struct IntakeWindow<O, J> {
     max_ids: usize,
     max_age: Duration,
     hasher: IdHasher,
-    entries: HashMap<IdHash, Entry<O, J>>,
+    entries: IdMap<Entry<O, J>>,
     /// When each outcome was recorded, oldest first.
     order: VecDeque<(Timestamp, IdHash)>,
     serial: u64,
@@ -91,7 +88,7 @@ impl<O, J> Default for IntakeWindow<O, J> {
             max_ids: MAX_IDS,
             max_age: MAX_AGE,
             hasher: IdHasher::random(),
-            entries: HashMap::new(),
+            entries: IdMap::default(),
             order: VecDeque::new(),
             serial: 0,
             counts: IntakeCounts::default(),
@@ -164,20 +161,24 @@ impl<O: Clone, J> IntakeWindow<O, J> {
     /// same answer, the error too.
     pub(crate) fn finish(&mut self, now: Timestamp, ticket: Ticket, outcome: Option<O>) -> Vec<J> {
         let Ticket { id, serial } = ticket;
-        match self.entries.get(&id) {
-            Some(Entry::InFlight { serial: s, .. }) if *s == serial => {}
-            _ => return Vec::new(),
-        }
-        let ended = self.entries.remove(&id);
-        if let Some(outcome) = outcome {
-            self.entries.insert(id, Entry::Done(outcome));
-            self.order.push_back((now, id));
-            self.evict(now);
-        }
-        match ended {
-            Some(Entry::InFlight { joined, .. }) => joined,
-            _ => Vec::new(),
-        }
+        let joined = match self.entries.get_mut(&id) {
+            Some(entry) => match entry {
+                Entry::InFlight { serial: s, joined } if *s == serial => {
+                    let joined = std::mem::take(joined);
+                    if let Some(outcome) = outcome {
+                        *entry = Entry::Done(outcome);
+                        self.order.push_back((now, id));
+                    } else {
+                        self.entries.remove(&id);
+                    }
+                    joined
+                }
+                _ => return Vec::new(),
+            },
+            None => return Vec::new(),
+        };
+        self.evict(now);
+        joined
     }
 
     /// Forgets the outcome of an id: it may be accepted anew.

@@ -9,6 +9,8 @@ pub(crate) struct Hedge {
     min: Duration,
     max: Duration,
     recent: Vec<u32>,
+    /// Room to find the percentile in.
+    scratch: Vec<u32>,
     next: usize,
     since_update: usize,
     current: Duration,
@@ -17,8 +19,8 @@ pub(crate) struct Hedge {
 /// Confirm times that count as recent. At this many, p99 rests on ten values.
 const RECENT: usize = 1024;
 
-/// Confirms between two calculations: sorting 1,024 numbers for each of them
-/// would cost more than the confirm.
+/// Confirms between two calculations: looking through 1,024 numbers for each of
+/// them would cost more than the confirm.
 const EVERY: usize = 128;
 
 impl Hedge {
@@ -27,6 +29,7 @@ impl Hedge {
             min,
             max,
             recent: Vec::new(),
+            scratch: Vec::new(),
             next: 0,
             since_update: 0,
             // Nothing known yet: the first confirms of a cold broker are slow.
@@ -46,12 +49,10 @@ impl Hedge {
         self.since_update += 1;
         if self.since_update >= EVERY {
             self.since_update = 0;
-            let mut sorted = self.recent.clone();
-            sorted.sort_unstable();
-            let p99 = sorted
-                .get(sorted.len().saturating_sub(1) * 99 / 100)
-                .copied()
-                .unwrap_or(u32::MAX);
+            self.scratch.clone_from(&self.recent);
+            let place = self.scratch.len().saturating_sub(1) * 99 / 100;
+            let (_, p99, _) = self.scratch.select_nth_unstable(place);
+            let p99 = *p99;
             self.current = (Duration::from_micros(u64::from(p99)) * 4).clamp(self.min, self.max);
         }
     }

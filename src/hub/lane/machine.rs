@@ -1161,6 +1161,18 @@ impl<W> Machine<W> {
     }
 
     fn time_out_waiting(&mut self, now: Now) {
+        // The first has waited longest for room; without this a busy lane would
+        // go through all that wait at each turn.
+        let rested =
+            |since: Instant| self.settings.spool && since + self.settings.spool_wait <= now.at;
+        if self.earliest_deadline.is_some_and(|d| d > now.at)
+            && !self
+                .waiting
+                .front()
+                .is_some_and(|(_, since)| rested(*since))
+        {
+            return;
+        }
         let mut kept = VecDeque::with_capacity(self.waiting.len());
         for (intake, since) in std::mem::take(&mut self.waiting) {
             let over = intake.deadline <= now.at;

@@ -51,33 +51,67 @@ pub(crate) struct Kept {
     pub(crate) generated: bool,
 }
 
-/// Everything but the payload. Names are short: each message carries them.
-#[derive(Serialize, Deserialize)]
+/// Everything but the payload, as it is read. Names are short: each message
+/// carries them.
+#[derive(Deserialize)]
 struct Description {
     #[serde(flatten)]
     lane: LaneName,
     seq: Seq,
     /// Whose order it keeps when it has no key.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     publisher: Option<u64>,
     since: i64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     due: Option<i64>,
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default)]
     duplicate: bool,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     settled: Vec<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     failure: Option<KeptFailure>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     replay: Option<Box<Replayed>>,
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default)]
     reprocess: u32,
     /// The hub made the id.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default)]
     generated: bool,
     /// With an empty payload.
     message: Message,
+}
+
+/// A [`Description`] as it is written: every message of an outage passes here, so
+/// nothing is copied that need not be, and the lane's fields stand with the others.
+#[derive(Serialize)]
+struct Described<'a> {
+    topic: &'a Topic,
+    lane: u32,
+    #[serde(skip_serializing_if = "is_false")]
+    mandatory: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compression: Option<Compression>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    address: Option<&'a (String, String)>,
+    seq: Seq,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    publisher: Option<u64>,
+    since: i64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    due: Option<i64>,
+    #[serde(skip_serializing_if = "is_false")]
+    duplicate: bool,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    settled: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    failure: Option<KeptFailure>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replay: Option<&'a Replayed>,
+    #[serde(skip_serializing_if = "is_zero")]
+    reprocess: u32,
+    #[serde(skip_serializing_if = "is_false")]
+    generated: bool,
+    message: &'a Message,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -95,12 +129,20 @@ const VERSION: u8 = 1;
 /// Bytes before the description.
 const PREFIX: usize = 5;
 
+/// Bytes of a description beside what its message brings: names and numbers. More
+/// only costs another allocation.
+const TYPICAL: usize = 448;
+
 /// The bytes that stand for a spooled message.
 pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> {
     let mut message = (*entry.message).clone();
     let payload = std::mem::take(&mut message.payload);
-    let description = Description {
-        lane: lane.clone(),
+    let description = Described {
+        topic: &lane.topic,
+        lane: lane.lane,
+        mandatory: lane.mandatory,
+        compression: lane.compression,
+        address: lane.address.as_ref(),
         seq,
         publisher: match entry.order {
             OrderKey::Publisher(number) => Some(number),
@@ -109,7 +151,7 @@ pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> 
         since: entry.since.as_millis(),
         due: entry.due.map(Timestamp::as_millis),
         duplicate: entry.marks.possible_duplicate,
-        settled: entry.marks.settled.clone(),
+        settled: &entry.marks.settled,
         failure: entry.marks.failure.as_ref().map(|f| KeptFailure {
             reason: f.reason.clone(),
             details: f.details.clone(),
@@ -117,28 +159,30 @@ pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> 
             last: f.last.as_millis(),
             topic: f.original_topic.clone(),
         }),
-        replay: entry.marks.replay.clone(),
+        replay: entry.marks.replay.as_deref(),
         reprocess: entry.marks.reprocess,
         generated: message.id.is_generated(),
-        message,
+        message: &message,
     };
-    let json = serde_json::to_vec(&description).map_err(|e| {
+    let mut out = BytesMut::with_capacity(PREFIX + TYPICAL + message.size() + payload.len());
+    out.put_u8(VERSION);
+    out.put_u32_le(0);
+    serde_json::to_writer((&mut out).writer(), &description).map_err(|e| {
         Error::new(
             ErrorCode::UnknownError,
             format!("a spooled message has no durable form: {e}"),
         )
     })?;
-    let length = u32::try_from(json.len()).map_err(|e| {
+    let length = u32::try_from(out.len() - PREFIX).map_err(|e| {
         Error::new(
             ErrorCode::MessageTooLarge,
             "a spooled message's headers are too large to be kept",
         )
         .caused_by(e)
     })?;
-    let mut out = BytesMut::with_capacity(PREFIX + json.len() + payload.len());
-    out.put_u8(VERSION);
-    out.put_u32_le(length);
-    out.put_slice(&json);
+    if let Some(place) = out.get_mut(1..PREFIX) {
+        place.copy_from_slice(&length.to_le_bytes());
+    }
     out.put_slice(&payload);
     Ok(out.freeze())
 }
