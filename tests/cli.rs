@@ -197,6 +197,29 @@ fn state_health_and_topology_say_what_stands_there() {
 }
 
 #[test]
+fn a_broker_that_is_away_hides_nothing_of_the_others_topology() {
+    let hub = Hub::start_with(&[], &[("RABBITMQ_URL", "amqp://127.0.0.1:1")]);
+    let output = hub.run(&["topology", "check"]);
+    assert_eq!(output.status.code(), Some(1), "{}", err(&output));
+    let said = out(&output);
+    assert!(said.contains("unreachable: rabbitmq: "), "{said}");
+    let found =
+        |arguments: &[&str]| -> Value { serde_json::from_str(&out(&hub.run(arguments))).unwrap() };
+    for report in [
+        found(&["topology", "check", "--json"]),
+        found(&["topology", "apply", "--json"]),
+    ] {
+        assert_eq!(
+            report["unreachable"].as_array().unwrap().len(),
+            1,
+            "{report}"
+        );
+        // What the embedded broker has.
+        assert!(!report["ok"].as_array().unwrap().is_empty(), "{report}");
+    }
+}
+
+#[test]
 fn a_data_folder_that_cannot_be_made_is_named() {
     let output = run(&["serve", "--http", "127.0.0.1:0", "--data", "/proc/nowhere"]);
     assert_eq!(output.status.code(), Some(1), "{}", err(&output));

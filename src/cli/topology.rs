@@ -11,7 +11,8 @@ use super::{Failure, Target, client::Client, say, state::text};
 /// Compare, make, or print the topology.
 #[derive(Debug, Subcommand)]
 pub(super) enum Topology {
-    /// Say what is missing or differs; exit status 1 when anything is.
+    /// Say what is missing or differs; exit status 1 when anything is, or when a
+    /// broker could not be asked.
     Check,
     /// Make what is missing; what differs is reported and left alone.
     Apply,
@@ -41,8 +42,9 @@ impl Topology {
         } else {
             report(&answer)?;
         }
-        let clean =
-            list(&answer, "missing").next().is_none() && list(&answer, "drift").next().is_none();
+        let clean = ["missing", "drift", "unreachable"]
+            .iter()
+            .all(|kind| list(&answer, kind).next().is_none());
         Ok(if clean {
             ExitCode::SUCCESS
         } else {
@@ -53,7 +55,7 @@ impl Topology {
 
 fn report(answer: &Value) -> Result<(), Failure> {
     say(format!("ok: {}", list(answer, "ok").count()))?;
-    for kind in ["created", "missing", "not_checked"] {
+    for kind in ["created", "missing", "not_checked", "unreachable"] {
         for object in list(answer, kind) {
             say(format!("{}: {}", kind.replace('_', " "), text(object, "")))?;
         }

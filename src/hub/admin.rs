@@ -1,8 +1,8 @@
 //! Asking and changing the brokers through the hub.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, future::join_all, stream};
 
 use super::{
     MessagingHub,
@@ -192,16 +192,46 @@ impl MessagingHub {
         self.all_brokers().iter().all(|b| b.is_connected())
     }
 
-    /// Looks at, or makes, the topology on every broker.
+    /// Looks at, or makes, the topology on every broker. One that is away, or does
+    /// not answer within 20 s, hides nothing of the others: the report says so.
     ///
     /// # Errors
-    /// Why a broker could not be asked.
+    /// Why the first could not be asked, when none could.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves what was made by then.
     pub async fn topology(&self, apply: bool) -> Result<TopologyReport> {
+        let brokers = self.all_brokers();
+        let looks = brokers.iter().map(|broker| async move {
+            let via = broker.broker_type();
+            let look = tokio::time::timeout(TOPOLOGY_LOOK, broker.topology(apply)).await;
+            look.unwrap_or_else(|_| {
+                Err(Error::new(
+                    ErrorCode::Timeout,
+                    format!("it did not answer within {} s", TOPOLOGY_LOOK.as_secs()),
+                )
+                .at(via))
+            })
+            .map_err(|error| (via, error))
+        });
         let mut report = TopologyReport::default();
-        for broker in self.all_brokers() {
-            report.merge(broker.topology(apply).await?);
+        let (mut asked, mut first) = (false, None);
+        for look in join_all(looks).await {
+            match look {
+                Ok(found) => {
+                    asked = true;
+                    report.merge(found);
+                }
+                Err((via, error)) => {
+                    report.unreachable.push(format!("{via}: {error}"));
+                    first = first.or(Some(error));
+                }
+            }
         }
-        Ok(report)
+        match first {
+            Some(error) if !asked => Err(error),
+            _ => Ok(report),
+        }
     }
 
     /// What operators see, in the shape of `/v1/state`.
@@ -305,6 +335,10 @@ impl MessagingHub {
         known.into_iter().flatten().collect()
     }
 }
+
+/// How long a broker may take for a look at its topology: less than whoever asks
+/// over HTTP waits.
+const TOPOLOGY_LOOK: Duration = Duration::from_secs(20);
 
 /// Queues that are asked for at a time.
 const ASKED: usize = 16;

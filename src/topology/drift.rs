@@ -47,13 +47,17 @@ pub struct TopologyReport {
     pub drift: Vec<Drift>,
     /// What could not be looked at, and why.
     pub not_checked: Vec<String>,
+    /// Brokers that could not be asked, and why: nothing of theirs was looked at,
+    /// or made.
+    #[serde(default)]
+    pub unreachable: Vec<String>,
 }
 
 impl TopologyReport {
-    /// Whether nothing is missing and nothing differs.
+    /// Whether every broker was asked, nothing is missing and nothing differs.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        self.missing.is_empty() && self.drift.is_empty()
+        self.missing.is_empty() && self.drift.is_empty() && self.unreachable.is_empty()
     }
 
     /// Adds another look's findings.
@@ -63,6 +67,7 @@ impl TopologyReport {
         self.created.extend(other.created);
         self.drift.extend(other.drift);
         self.not_checked.extend(other.not_checked);
+        self.unreachable.extend(other.unreachable);
     }
 }
 
