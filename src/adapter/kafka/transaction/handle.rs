@@ -78,6 +78,7 @@ async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
         next: None,
         done: 0,
         failed: None,
+        given_up: Vec::new(),
         left: part.items,
     };
     // Enough for one transaction; the rest is for the next.
@@ -85,7 +86,15 @@ async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
         let Some(item) = handled.left.front() else {
             break;
         };
-        match one(item, &rules).await {
+        let outcome = match &item.verdict {
+            // Counted the first time.
+            Some(failure) => {
+                handled.outputs.push(buried(item, failure.clone(), &rules));
+                Ok(Vec::new())
+            }
+            None => one(item, &rules).await,
+        };
+        match outcome {
             Ok(mut made) => handled.outputs.append(&mut made),
             // The next member of the group handles it, from its beginning.
             Err(_) if rules.transformer.has_given_up() => break,
@@ -96,6 +105,8 @@ async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
             }
             Err((failure, false)) => {
                 rules.recorder.messages_dead_lettered.inc();
+                let id = item.received.message.id.clone();
+                handled.given_up.push((item.offset, id, failure.clone()));
                 handled.outputs.push(buried(item, failure, &rules));
             }
         }

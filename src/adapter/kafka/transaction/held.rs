@@ -15,7 +15,7 @@ use std::{
 use crate::{
     adapter::kafka::consumer::TopicPartition,
     broker::{Outgoing, Received},
-    message::wire::Failure,
+    message::{MessageId, wire::Failure},
 };
 
 /// A message, and where it stands.
@@ -23,6 +23,9 @@ use crate::{
 pub(super) struct Item {
     pub(super) offset: i64,
     pub(super) received: Received,
+    /// It failed for good already, in a transaction that was not committed: it is
+    /// buried again, and not handled again.
+    pub(super) verdict: Option<Failure>,
 }
 
 /// What a batch has of one partition.
@@ -46,6 +49,8 @@ pub(super) struct Handled {
     pub(super) done: u64,
     /// The first that is not done failed, and is tried again after this long.
     pub(super) failed: Option<(Failure, Duration)>,
+    /// Of those that are done: what failed for good, and why.
+    pub(super) given_up: Vec<(i64, MessageId, Failure)>,
     /// What is not done.
     pub(super) left: VecDeque<Item>,
 }
@@ -73,6 +78,9 @@ struct Partition {
     /// position behind them is committed, since a rewind brings all of them back: one
     /// that is refused behind others would have theirs counted anew each time.
     tried: BTreeMap<i64, (u32, Failure)>,
+    /// The same of what failed for good. Under its id too: a topic that was made anew
+    /// has other messages at these offsets.
+    given_up: BTreeMap<i64, (MessageId, Failure)>,
 }
 
 impl Held {
@@ -86,6 +94,7 @@ impl Held {
             first: None,
             rest: None,
             tried: BTreeMap::new(),
+            given_up: BTreeMap::new(),
         };
         self.partitions.insert(place, fresh);
     }
@@ -127,6 +136,11 @@ impl Held {
         p.first.get_or_insert(item.offset);
         if let Some((times, failure)) = p.tried.get(&item.offset) {
             note(&mut item, *times, failure.clone());
+        }
+        if let Some((id, failure)) = p.given_up.get(&item.offset)
+            && *id == item.received.message.id
+        {
+            item.verdict = Some(failure.clone());
         }
         p.queue.push_back(item);
     }
@@ -180,6 +194,9 @@ impl Held {
         let Some(p) = current else {
             return false;
         };
+        for (offset, id, failure) in handled.given_up.drain(..) {
+            p.given_up.insert(offset, (id, failure));
+        }
         let mut left = std::mem::take(&mut handled.left);
         if let (Some((failure, rest)), Some(first)) = (handled.failed.take(), left.front_mut()) {
             let times = first.received.message.retry_count.saturating_add(1);
@@ -196,6 +213,7 @@ impl Held {
     pub(super) fn committed(&mut self, place: &TopicPartition, next: i64) {
         if let Some(p) = self.partitions.get_mut(place) {
             p.tried = p.tried.split_off(&next);
+            p.given_up = p.given_up.split_off(&next);
         }
     }
 
@@ -235,6 +253,7 @@ mod tests {
                 marks: Arc::default(),
                 via: BrokerType::Kafka,
             },
+            verdict: None,
         }
     }
 
@@ -262,6 +281,7 @@ mod tests {
                 Failure::now("handler_error", "no", "t", None),
                 Duration::from_secs(1),
             )),
+            given_up: Vec::new(),
             left,
         }
     }
@@ -306,6 +326,42 @@ mod tests {
         assert!(held.settle(&mut handled, later));
         let again = held.batch(later + Duration::from_secs(1), false).remove(0);
         assert_eq!(again.items[0].received.message.retry_count, 2);
+    }
+
+    #[test]
+    fn what_failed_for_good_is_not_handled_again_behind_a_rewind() {
+        let mut held = held(1, 3);
+        let now = Instant::now();
+        let items = held.batch(now, false).remove(0).items;
+        let failure = Failure::now("handler_error", "no", "t", None);
+        let id = |n: usize| items[n].received.message.id.clone();
+        let mut handled = Handled {
+            place: place(0),
+            generation: 1,
+            outputs: Vec::new(),
+            next: Some(2),
+            done: 2,
+            failed: None,
+            given_up: vec![(0, id(0), failure.clone()), (1, id(1), failure)],
+            left: VecDeque::new(),
+        };
+        assert!(held.settle(&mut handled, now));
+        let verdicts = |held: &mut Held, items: &[Item]| {
+            held.rewind();
+            for item in items {
+                held.take_in(&place(0), item.clone());
+            }
+            let part = held.batch(now, false).remove(0);
+            let verdicts: Vec<bool> = part.items.iter().map(|i| i.verdict.is_some()).collect();
+            verdicts
+        };
+        let mut again: Vec<Item> = items.iter().cloned().collect();
+        assert_eq!(verdicts(&mut held, &again), [true, true, false]);
+        // Another message at that offset is handled, and so is what comes after a commit.
+        again[1].received.message = Arc::new(Message::default());
+        assert_eq!(verdicts(&mut held, &again), [true, false, false]);
+        held.committed(&place(0), 2);
+        assert!(held.partitions[&place(0)].given_up.is_empty());
     }
 
     #[test]

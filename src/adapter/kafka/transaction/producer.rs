@@ -86,17 +86,26 @@ impl ProducerContext for Context {
                     });
                 }
             }
-            // What is purged follows from the first that failed; only where that one
-            // was merely written beside another that is at fault, it is the other.
+            // The first that is at fault, whatever was told before of others: on a
+            // refusal the library purges what it still holds, and may tell of that
+            // before it tells of the refused.
             Err((error, _)) => {
-                let beside = |e: &KafkaError| raw_code(e) == Some(Code::InvalidDifferentRecord);
                 let first = book.failed.as_ref();
-                if first.is_none_or(|(_, first)| beside(first) && !beside(error)) {
+                if first.is_none_or(|(_, first)| follows(first) && !follows(error)) {
                     book.failed = Some((index, error.clone()));
                 }
             }
         }
     }
+}
+
+/// Whether a record failed because of another: it was written beside one that is
+/// refused, or purged with a transaction that has to be aborted.
+fn follows(error: &KafkaError) -> bool {
+    matches!(
+        raw_code(error),
+        Some(Code::InvalidDifferentRecord | Code::PurgeQueue | Code::PurgeInflight)
+    )
 }
 
 /// A producer of one transactional id.
@@ -189,6 +198,12 @@ impl Producer {
         };
         let told = error_of.with_id(out.message.id.as_str());
         Some((Failed::from(error).trouble.max_abort(), told))
+    }
+
+    /// Whether a record failed by its own fault; until then another may be told yet.
+    pub(super) fn knows_the_cause(&self) -> bool {
+        let book = self.inner.context().book();
+        book.failed.as_ref().is_some_and(|(_, e)| !follows(e))
     }
 
     /// Where the records are.

@@ -194,20 +194,31 @@ impl Session {
         let count = work.batch.len();
         self.call(Stage::Begin, began, until, tell, |p| p.begin(count))?;
         let queued = until.min(began + self.backend.config.transaction_timeout);
+        // Since when nothing but an abort can come of it.
+        let mut lost = None;
+        let mut unwritten = None;
         for (index, (out, shape)) in work.batch.iter().zip(shapes).enumerate() {
             let made = self.made().map_err(Stopped::Told)?;
             if let Err(why) = made.producer.write(index, out, shape, queued) {
-                return Err(self.stopped(Step::Abort, Stage::Write, &why));
+                // Mostly because one before it was refused, which is about to be told.
+                unwritten = Some(why);
+                lost = Some(Instant::now());
+                break;
             }
         }
         loop {
             let made = self.made().map_err(Stopped::Told)?;
             let settled = made.producer.settled();
-            if let Some((trouble, error)) = made.producer.refusal(work.batch, made.batch_bytes) {
-                let step = decide(Stage::Write, trouble, self.clock(began, until));
-                return Err(self.written_off(step, error));
+            let over = settled || lost.is_some_and(|since: Instant| since.elapsed() >= CAUSE);
+            let told = made.producer.refusal(work.batch, made.batch_bytes);
+            if let Some((trouble, error)) = told {
+                if over || made.producer.knows_the_cause() {
+                    let step = decide(Stage::Write, trouble, self.clock(began, until));
+                    return Err(self.written_off(step, error));
+                }
+                lost.get_or_insert_with(Instant::now);
             }
-            if settled {
+            if over {
                 break;
             }
             let clock = self.clock(began, until);
@@ -216,6 +227,9 @@ impl Session {
             {
                 return Err(Stopped::Abort(late()));
             }
+        }
+        if let Some(why) = unwritten {
+            return Err(self.stopped(Step::Abort, Stage::Write, &why));
         }
         if let Some(offsets) = work.offsets {
             let Some((list, member)) = offsets() else {
@@ -470,6 +484,9 @@ fn fenced(id: &str) -> Error {
     )
     .at(BrokerType::Kafka)
 }
+
+/// How long a transaction that will be aborted is asked which record was at fault.
+const CAUSE: Duration = Duration::from_secs(1);
 
 /// How long after its deadline a caller waits for an abort, which only tells it more.
 const ABORT_PATIENCE: Duration = Duration::from_secs(1);

@@ -232,6 +232,7 @@ impl Transform {
                             marks: Arc::new(marks),
                             via: BrokerType::Kafka,
                         },
+                        verdict: None,
                     };
                     self.member.held().take_in(&place, item);
                 }
