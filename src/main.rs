@@ -1,7 +1,8 @@
 //! The binary; everything is in [`messaging_hub::cli`].
 
 /// What a publish allocates on one thread is freed on another when its confirm
-/// comes, which costs glibc's allocator a quarter of the time of a busy hub.
+/// comes. In an outage under load that cost glibc's allocator a quarter of the hub's
+/// time.
 #[cfg(not(target_env = "msvc"))]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;

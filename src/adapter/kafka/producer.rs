@@ -372,7 +372,7 @@ impl Producer {
         if let Some(inner) = &self.inner
             && let Err(error) = inner.client().fetch_metadata(Some(topic), within)
         {
-            tracing::debug!(target: "messaging_hub::kafka", %error, "a producer without a number was not answered");
+            tracing::debug!(target: "messaging_hub::kafka", %error, "a nudge was not answered");
         }
     }
 

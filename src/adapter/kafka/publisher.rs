@@ -207,9 +207,9 @@ impl Publisher {
         drop(producers);
         let this = Arc::clone(self);
         let (shared, topic) = (Arc::clone(&producer.shared), topic.clone());
-        let unnumbered = Arc::downgrade(&producer);
+        let unproven = Arc::downgrade(&producer);
         self.lanes.spawn(async move {
-            let hasten = hasten(unnumbered, topic, this.lanes.clone());
+            let hasten = hasten(unproven, topic, this.lanes.clone());
             this.look_after(make, &shared, hasten).await;
         });
         Ok(producer)
@@ -235,8 +235,8 @@ impl Publisher {
         Producer::new(&config, batch, link, self.reaper.clone()).map(Arc::new)
     }
 
-    /// Hastens a producer until it works, gives it a reserve then, and gives it up
-    /// when it stands still.
+    /// Hastens a producer that has stored nothing yet, gives it a reserve once it has,
+    /// and gives it up when it stands still.
     async fn look_after(
         &self,
         make: Make,
@@ -357,9 +357,10 @@ impl Publisher {
     }
 }
 
-/// Nudges a producer for a while, so that it has its number sooner. A cluster that
-/// has just started refuses the first request for one, and the client library
-/// asks again after half a second, or when it hears of the cluster.
+/// Nudges a producer for a while, so that it has its number sooner if it has none. A
+/// cluster that has just started refuses the first request for one, and the client
+/// library asks again after half a second, or when it hears of the cluster. Whether
+/// there is a number nobody can see but by a record that was stored.
 async fn hasten(producer: Weak<Producer>, topic: Topic, tasks: TaskTracker) {
     let until = Instant::now() + HASTENING;
     let mut turns = interval(NUDGE);
@@ -490,14 +491,17 @@ fn ended(topic: &Topic) -> Error {
 /// Above the message timeout, for the last callbacks.
 const FLUSH_SLACK: Duration = Duration::from_secs(2);
 
-/// How long a producer that has yet to store its first record is hastened.
-const HASTENING: Duration = Duration::from_secs(2);
+/// How long a producer that has yet to store its first record is hastened. Shorter
+/// than `topic.metadata.propagation.max.ms`: behind that time the library believes a
+/// broker that has not heard of the topic.
+const HASTENING: Duration = Duration::from_millis(1_500);
 
 /// Between two nudges.
 const NUDGE: Duration = Duration::from_millis(25);
 
-/// How long a nudge may wait for its answer.
-const NUDGE_PATIENCE: Duration = Duration::from_millis(250);
+/// How long a nudge may wait for its answer: so long it keeps a producer that was
+/// given up meanwhile.
+const NUDGE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Smaller batches than this are not made for any topic's sake.
 const SMALLEST_BATCH: usize = 1024;

@@ -160,7 +160,8 @@ pub(crate) struct Machine<W> {
     /// Why; meaningful while `refused`.
     refusal: Option<Error>,
     waiting: VecDeque<(Intake<W>, Instant)>,
-    /// The first deadline of those that wait, or one that has passed since.
+    /// The first deadline of those that wait, or one before it of somebody who waits
+    /// no longer.
     earliest_deadline: Option<Instant>,
     in_flight: Flights<W>,
     spool: Spool,

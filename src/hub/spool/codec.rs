@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{Entry, Seq};
@@ -81,8 +81,8 @@ struct Description {
     message: Message,
 }
 
-/// A [`Description`] as it is written: every message of an outage passes here, so
-/// nothing is copied that need not be, and the lane's fields stand with the others.
+/// A [`Description`] as it is written. Every message of an outage passes here, so
+/// the lane's name is not copied for each.
 #[derive(Serialize)]
 struct Described<'a> {
     topic: &'a Topic,
@@ -129,8 +129,7 @@ const VERSION: u8 = 1;
 /// Bytes before the description.
 const PREFIX: usize = 5;
 
-/// Bytes of a description beside what its message brings: names and numbers. More
-/// only costs another allocation.
+/// Bytes of a description beside what its message brings: names and numbers.
 const TYPICAL: usize = 448;
 
 /// The bytes that stand for a spooled message.
@@ -164,10 +163,10 @@ pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> 
         generated: message.id.is_generated(),
         message: &message,
     };
-    let mut out = BytesMut::with_capacity(PREFIX + TYPICAL + message.size() + payload.len());
-    out.put_u8(VERSION);
-    out.put_u32_le(0);
-    serde_json::to_writer((&mut out).writer(), &description).map_err(|e| {
+    let mut out = Vec::with_capacity(PREFIX + TYPICAL + message.size() + payload.len());
+    out.push(VERSION);
+    out.extend_from_slice(&[0; PREFIX - 1]);
+    serde_json::to_writer(&mut out, &description).map_err(|e| {
         Error::new(
             ErrorCode::UnknownError,
             format!("a spooled message has no durable form: {e}"),
@@ -183,8 +182,10 @@ pub(crate) fn encode(lane: &LaneName, seq: Seq, entry: &Entry) -> Result<Bytes> 
     if let Some(place) = out.get_mut(1..PREFIX) {
         place.copy_from_slice(&length.to_le_bytes());
     }
-    out.put_slice(&payload);
-    Ok(out.freeze())
+    // A description longer than that must not double the room of a large payload.
+    out.reserve_exact(payload.len());
+    out.extend_from_slice(&payload);
+    Ok(out.into())
 }
 
 /// Reads a spooled message back.
@@ -338,6 +339,34 @@ mod tests {
             assert_eq!(kept.entry.due, entry.due);
         }
     }
+
+    /// An earlier process of this version may have left such a record, and a later
+    /// one of an earlier program may have to read it.
+    #[test]
+    fn version_1_is_written_as_it_always_was() {
+        let message = Message {
+            timestamp: Timestamp::from_millis(1_700_000_000_000),
+            ..Message::new("kind", "body")
+                .with_id(MessageId::new("brought").unwrap())
+                .with_key("k")
+                .with_header("h", "v")
+        };
+        let bytes = encode(&lane(), 42, &entry(message)).unwrap();
+        let text = String::from_utf8_lossy(&bytes[PREFIX..]);
+        assert_eq!(text, GOLDEN);
+        assert_eq!(bytes[0], 1);
+        assert_eq!(bytes[1..PREFIX], (GOLDEN.len() as u32 - 4).to_le_bytes());
+    }
+
+    const GOLDEN: &str = concat!(
+        r#"{"topic":"helixagent.tasks.llm","lane":3,"mandatory":true,"compression":"zstd","#,
+        r#""address":["x","y"],"seq":42,"since":5,"due":9,"duplicate":true,"settled":["g"],"#,
+        r#""failure":{"reason":"r","details":"d","first":1,"last":2,"topic":"t"},"#,
+        r#""replay":{"of":"o","by":"b"},"reprocess":2,"message":{"id":"brought","type":"kind","#,
+        r#""payload":"","headers":{"h":"v"},"timestamp":"2023-11-14T22:13:20.000Z","#,
+        r#""priority":5,"key":"k","retry_count":0,"max_retries":3,"#,
+        r#""delivery_mode":"persistent","state":"pending","redelivered":false}}body"#,
+    );
 
     #[test]
     fn an_id_that_the_hub_made_is_told_from_one_that_was_brought() {
