@@ -514,8 +514,16 @@ async fn letters_are_reprocessed_by_query_and_discarded_and_purged_by_the_comman
         assert_eq!(site.handled("q1"), ["good"]);
         let purged = out(&site.cli(&["purge", "--status", "discarded"]).await);
         assert_eq!(purged, "purged 1\n", "{}", site.name);
-        let purged = out(&site.cli(&["purge"]).await);
-        assert_eq!(purged, "purged 5\n", "{}", site.name);
+        for (query, count) in [
+            (&["--reason", "none_such"][..], 0),
+            (&["--type", "even", "--reason", "handler_error"], 3),
+            (&[], 2),
+        ] {
+            let arguments = [&["purge"], query].concat();
+            let purged = out(&site.cli(&arguments).await);
+            let expected = format!("purged {count}\n");
+            assert_eq!(purged, expected, "{}: {query:?}", site.name);
+        }
         // Open ones stay.
         site.letters("", 3).await;
         let missing = site.cli(&["show", "q5"]).await;

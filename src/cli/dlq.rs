@@ -32,6 +32,13 @@ struct Filter {
     /// pending, retrying, processed, discarded or expired.
     #[arg(long, value_parser = ["pending", "retrying", "processed", "discarded", "expired"])]
     status: Option<String>,
+    #[command(flatten)]
+    of: Of,
+}
+
+/// Which letters, whatever became of them.
+#[derive(Debug, Args)]
+struct Of {
     /// The topic they failed in, or a pattern over such topics.
     #[arg(long, value_name = "PATTERN")]
     topic: Option<String>,
@@ -119,9 +126,8 @@ pub(super) struct Purge {
     /// Only processed or only discarded ones.
     #[arg(long, value_parser = ["processed", "discarded"])]
     status: Option<String>,
-    /// Only those of a topic, or of topics that a pattern covers.
-    #[arg(long, value_name = "PATTERN")]
-    topic: Option<String>,
+    #[command(flatten)]
+    of: Of,
 }
 
 impl Dlq {
@@ -139,7 +145,7 @@ impl Dlq {
                 tell(target, &answer, |a| format!("discarded {}", said(a, "/id")))
             }
             Self::Purge(purge) => {
-                let body = filled([("status", purge.status), ("topic", purge.topic)]);
+                let body = filled(purge.of.fields(purge.status));
                 let answer = post(&client, &["v1", "dead-letters", "purge"], &body).await?;
                 tell(target, &answer, |a| {
                     format!("purged {}", said(a, "/purged"))
@@ -150,25 +156,27 @@ impl Dlq {
     }
 }
 
-impl Filter {
-    fn fields(self) -> [(&'static str, Option<String>); 5] {
+impl Of {
+    /// As the hub names them, with the status.
+    fn fields(self, status: Option<String>) -> [(&'static str, Option<String>); 5] {
         [
-            ("status", self.status),
+            ("status", status),
             ("topic", self.topic),
             ("reason", self.reason),
             ("broker", self.broker),
             ("type", self.kind),
         ]
     }
+}
+
+impl Filter {
+    fn fields(self) -> [(&'static str, Option<String>); 5] {
+        self.of.fields(self.status)
+    }
 
     fn is_empty(&self) -> bool {
-        let said = [
-            &self.status,
-            &self.topic,
-            &self.reason,
-            &self.broker,
-            &self.kind,
-        ];
+        let of = &self.of;
+        let said = [&self.status, &of.topic, &of.reason, &of.broker, &of.kind];
         said.iter().all(|f| f.is_none())
     }
 }
