@@ -13,6 +13,7 @@ use crate::{
 /// The order domain of a request; no part of the message.
 pub(super) const PUBLISHER: &str = "hub-publisher";
 
+const TRACE_STATE: &str = "tracestate";
 const HUB: &str = "hub-";
 const USER: &str = "hub-header-";
 
@@ -24,6 +25,10 @@ pub(super) fn parse(headers: &HeaderMap, payload: Bytes) -> Result<Message, Prob
     message.content_encoding = text_of(headers, &header::CONTENT_ENCODING)?;
     if let Some(parent) = text_of(headers, &HeaderName::from_static("traceparent"))? {
         message.trace_id = Some(parent);
+        // The vendors' part of a trace is nothing to the hub, and travels as it is.
+        if let Some(state) = trace_state(headers)? {
+            message.headers.insert(TRACE_STATE.to_owned(), state);
+        }
     }
     let is_event = cloudevents::from_headers(headers, &mut message)?;
     for name in headers.keys() {
@@ -140,6 +145,14 @@ fn text_of(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Pro
     headers.get(name).map(|v| text(name, v)).transpose()
 }
 
+/// `tracestate`, which may come in several headers that are one list.
+fn trace_state(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    let name = HeaderName::from_static(TRACE_STATE);
+    let parts = headers.get_all(&name).iter().map(|v| text(&name, v));
+    let parts: Vec<String> = parts.collect::<Result<_, _>>()?;
+    Ok((!parts.is_empty()).then(|| parts.join(",")))
+}
+
 /// Header values are UTF-8, as clients send them today.
 pub(super) fn text(name: &HeaderName, value: &HeaderValue) -> Result<String, Problem> {
     String::from_utf8(value.as_bytes().to_vec())
@@ -187,6 +200,23 @@ mod tests {
         assert_eq!(m.headers.len(), 1);
         assert_eq!(m.headers["x-user"], "7");
         assert_eq!(&m.payload[..], b"\x00body");
+    }
+
+    #[test]
+    fn a_trace_travels_with_its_vendors_part() {
+        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let states = [("tracestate", "a=1"), ("tracestate", "b=2")];
+        let mut alone = HeaderMap::new();
+        for (name, value) in states {
+            alone.append(name, HeaderValue::from_static(value));
+        }
+        let mut both = alone.clone();
+        both.insert("traceparent", HeaderValue::from_static(parent));
+        let m = parse(&both, Bytes::new()).unwrap();
+        assert_eq!(m.trace_id.as_deref(), Some(parent));
+        assert_eq!(m.headers["tracestate"], "a=1,b=2");
+        // It says nothing without the other.
+        assert!(parse(&alone, Bytes::new()).unwrap().headers.is_empty());
     }
 
     #[test]
