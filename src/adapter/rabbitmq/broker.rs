@@ -11,7 +11,9 @@ use tokio::{
 use super::{
     RabbitMqConfig, address, connection, consumer,
     courier::{self, Courier, Job},
-    error, publisher, queue,
+    error,
+    link::Link,
+    publisher, queue,
     shared::Shared,
     topology,
 };
@@ -257,19 +259,38 @@ impl MessageBroker for RabbitMqBroker {
             }
             Source::Queue(_) => {
                 let link = self.shared.current()?;
-                let name = self.queue_name(&topic);
-                match queue::look(&link, name).await {
-                    Err(e) if e.code() == ErrorCode::QueueNotFound => {
-                        let options = match self.shared.topology.queue(name) {
-                            Some(known) => known.options.clone(),
-                            None => topology::safe_queue(&self.shared.topology),
+                match self.look_or_declare(&link, &topic).await {
+                    // RabbitMQ ends the connection (INTERNAL_ERROR, seen on 3.10)
+                    // now and then when a declare meets the deletion of the queue.
+                    // To ask again does no harm, so one lost connection is no
+                    // reason to fail whoever subscribes.
+                    Err(e) if e.code() == ErrorCode::ConnectionClosed => {
+                        let Some(next) = self.shared.next_after(&link, NEXT_LINK).await else {
+                            return Err(e);
                         };
-                        let name = Topic::new(name)?;
-                        self.declare_queue(&name, &options).await
+                        self.look_or_declare(&next, &topic).await
                     }
-                    other => other.map(drop),
+                    other => other,
                 }
             }
+        }
+    }
+}
+
+impl RabbitMqBroker {
+    /// Makes a queue that is not there, as the topology says or else safely.
+    async fn look_or_declare(&self, link: &Link, topic: &Topic) -> Result<()> {
+        let name = self.queue_name(topic);
+        match queue::look(link, name).await {
+            Err(e) if e.code() == ErrorCode::QueueNotFound => {
+                let options = match self.shared.topology.queue(name) {
+                    Some(known) => known.options.clone(),
+                    None => topology::safe_queue(&self.shared.topology),
+                };
+                let name = Topic::new(name)?;
+                self.declare_queue(&name, &options).await
+            }
+            other => other.map(drop),
         }
     }
 }
@@ -395,3 +416,6 @@ fn for_worker(delivery: Delivery, worker_id: &str) -> Delivery {
         None => Delivery::unsettled(received),
     }
 }
+
+/// How long a lost connection's successor is waited for: some tries to connect.
+const NEXT_LINK: Duration = Duration::from_secs(5);

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
 use tokio::sync::watch;
@@ -80,6 +81,23 @@ impl Shared {
         match self.link.borrow().as_ref() {
             Some(link) if !link.lost.is_cancelled() => Ok(link.clone()),
             _ => Err(error::unavailable(self.state.borrow().reason.as_deref())),
+        }
+    }
+
+    /// The connection that follows one that is lost, if it stands within a time and
+    /// nothing is closed meanwhile.
+    ///
+    /// Cancel safe.
+    pub(super) async fn next_after(&self, lost: &Arc<Link>, within: Duration) -> Option<Arc<Link>> {
+        let mut links = self.link.subscribe();
+        let is_next = |link: &Option<Arc<Link>>| {
+            let next = link.as_ref().filter(|l| !Arc::ptr_eq(l, lost));
+            next.is_some_and(|l| !l.lost.is_cancelled())
+        };
+        let next = tokio::time::timeout(within, links.wait_for(is_next));
+        tokio::select! {
+            next = next => next.ok()?.ok()?.clone(),
+            () = self.closing.cancelled() => None,
         }
     }
 
