@@ -171,6 +171,31 @@ async fn a_batch_with_a_message_that_the_broker_refuses_leaves_nothing_visible()
     close(hub).await;
 }
 
+/// What the client library itself does not take is a refusal of that message, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_over_the_clients_own_limit_is_refused_by_its_id() {
+    let node = need!(shared_kafka().await);
+    // Keys and headers have 64 KiB beside it.
+    let little = KafkaConfig {
+        max_message_bytes: 10_000,
+        ..config(node.bootstrap())
+    };
+    let broker = connected(little).await;
+    let topic = topic(&broker, "tx-client", 1).await;
+    let hub = hub_over(&broker);
+    let mut messages = round(0, 0..20);
+    messages[10].payload = vec![7_u8; 200_000].into();
+    let id = messages[10].id.clone();
+    let refused = hub.publish_batch_atomic(&topic, messages).await;
+    let error = refused.unwrap_err();
+    assert_eq!(error.code(), ErrorCode::MessageTooLarge, "{error}");
+    assert_eq!(error.assume(), Assume::Rejected, "{error}");
+    assert_eq!(error.message_id(), Some(id.as_str()), "{error}");
+    let aborted = error.to_string().contains("nothing of it is visible");
+    assert!(aborted, "{error}");
+    close(hub).await;
+}
+
 async fn commit_one(
     via: &Transactions,
     topic: &Topic,

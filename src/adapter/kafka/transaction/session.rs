@@ -19,10 +19,10 @@ use crate::{
     adapter::kafka::{
         broker::Backend,
         client,
-        error::{closed, failed},
+        error::{closed, failed, fate},
         record::{self, Shape},
     },
-    broker::{BrokerType, Compression, Outgoing, Position},
+    broker::{BrokerType, Compression, Fate, Outgoing, Position},
     error::{Assume, Error, ErrorCode, Result},
     topic::Topic,
 };
@@ -199,7 +199,11 @@ impl Session {
         let mut unwritten = None;
         for (index, (out, shape)) in work.batch.iter().zip(shapes).enumerate() {
             let made = self.made().map_err(Stopped::Told)?;
+            let bytes = shape.bytes;
             if let Err(why) = made.producer.write(index, out, shape, queued) {
+                if let Some(error) = too_large(&why, out, bytes) {
+                    return Err(self.written_off(Step::Abort, error));
+                }
                 // Mostly because one before it was refused, which is about to be told.
                 unwritten = Some(why);
                 lost = Some(Instant::now());
@@ -424,6 +428,17 @@ enum Stopped {
     Told(Error),
     /// It is to be aborted, and this is why.
     Abort(Error),
+}
+
+/// The client library knows its own limit and does not even take such a record: a
+/// refusal, as the broker's would be.
+fn too_large(why: &Failed, out: &Outgoing, bytes: usize) -> Option<Error> {
+    match fate(&why.error, &out.topic, bytes, 0) {
+        Fate::Refused(error) if error.code() == ErrorCode::MessageTooLarge => {
+            Some(error.with_id(out.message.id.as_str()))
+        }
+        _ => None,
+    }
 }
 
 fn aborted(error: &Error) -> Error {
