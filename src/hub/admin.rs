@@ -192,8 +192,8 @@ impl MessagingHub {
         self.all_brokers().iter().all(|b| b.is_connected())
     }
 
-    /// Looks at, or makes, the topology on every broker. One that is away, or does
-    /// not answer within 20 s, hides nothing of the others: the report says so.
+    /// Looks at, or makes, the topology on every broker. One that is away hides
+    /// nothing of the others: the report says so.
     ///
     /// # Errors
     /// Why the first could not be asked, when none could.
@@ -201,14 +201,30 @@ impl MessagingHub {
     /// # Cancel safety
     /// Dropping the future leaves what was made by then.
     pub async fn topology(&self, apply: bool) -> Result<TopologyReport> {
+        self.topology_within(apply, Duration::MAX).await
+    }
+
+    /// As [`MessagingHub::topology`], for whoever waits for so long at most: a broker
+    /// that has not answered by then is told as one that could not be asked.
+    ///
+    /// # Errors
+    /// As [`MessagingHub::topology`].
+    ///
+    /// # Cancel safety
+    /// As [`MessagingHub::topology`].
+    pub(crate) async fn topology_within(
+        &self,
+        apply: bool,
+        limit: Duration,
+    ) -> Result<TopologyReport> {
         let brokers = self.all_brokers();
         let looks = brokers.iter().map(|broker| async move {
             let via = broker.broker_type();
-            let look = tokio::time::timeout(TOPOLOGY_LOOK, broker.topology(apply)).await;
+            let look = tokio::time::timeout(limit, broker.topology(apply)).await;
             look.unwrap_or_else(|_| {
                 Err(Error::new(
                     ErrorCode::Timeout,
-                    format!("it did not answer within {} s", TOPOLOGY_LOOK.as_secs()),
+                    format!("it did not answer within {} s", limit.as_secs()),
                 )
                 .at(via))
             })
@@ -335,10 +351,6 @@ impl MessagingHub {
         known.into_iter().flatten().collect()
     }
 }
-
-/// How long a broker may take for a look at its topology: less than whoever asks
-/// over HTTP waits.
-const TOPOLOGY_LOOK: Duration = Duration::from_secs(20);
 
 /// Queues that are asked for at a time.
 const ASKED: usize = 16;

@@ -47,8 +47,8 @@ pub struct TopologyReport {
     pub drift: Vec<Drift>,
     /// What could not be looked at, and why.
     pub not_checked: Vec<String>,
-    /// Brokers that could not be asked, and why: nothing of theirs was looked at,
-    /// or made.
+    /// Brokers that could not be asked, or not to the end, and why. What was found,
+    /// or made, there before is not told.
     #[serde(default)]
     pub unreachable: Vec<String>,
 }

@@ -161,13 +161,8 @@ pub(super) async fn wanted(State(app): State<App>) -> Json<Topology> {
 }
 
 async fn look(app: &App, apply: bool) -> Result<Json<TopologyReport>, Problem> {
-    match tokio::time::timeout(LOOK_TIMEOUT, app.hub().topology(apply)).await {
-        Ok(report) => Ok(Json(report.map_err(Problem::from)?)),
-        Err(_) => Err(Problem::from(crate::Error::new(
-            crate::ErrorCode::Timeout,
-            "the brokers did not answer within 30 s; see /v1/state for their connections",
-        ))),
-    }
+    let report = app.hub().topology_within(apply, LOOK_TIMEOUT).await;
+    Ok(Json(report.map_err(Problem::from)?))
 }
 
 fn worst(state: &HubState) -> LaneState {
