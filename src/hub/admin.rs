@@ -231,13 +231,10 @@ impl MessagingHub {
             .map_err(|error| (via, error))
         });
         let mut report = TopologyReport::default();
-        let (mut asked, mut first) = (false, None);
+        let mut first = None;
         for look in join_all(looks).await {
             match look {
-                Ok(found) => {
-                    asked = true;
-                    report.merge(found);
-                }
+                Ok(found) => report.merge(found),
                 Err((via, error)) => {
                     report.unreachable.push(format!("{via}: {error}"));
                     first = first.or(Some(error));
@@ -245,7 +242,7 @@ impl MessagingHub {
             }
         }
         match first {
-            Some(error) if !asked => Err(error),
+            Some(error) if report.unreachable.len() == brokers.len() => Err(error),
             _ => Ok(report),
         }
     }

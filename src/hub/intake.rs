@@ -161,23 +161,20 @@ impl<O: Clone, J> IntakeWindow<O, J> {
     /// same answer, the error too.
     pub(crate) fn finish(&mut self, now: Timestamp, ticket: Ticket, outcome: Option<O>) -> Vec<J> {
         let Ticket { id, serial } = ticket;
-        let joined = match self.entries.get_mut(&id) {
-            Some(entry) => match entry {
-                Entry::InFlight { serial: s, joined } if *s == serial => {
-                    let joined = std::mem::take(joined);
-                    if let Some(outcome) = outcome {
-                        *entry = Entry::Done(outcome);
-                        self.order.push_back((now, id));
-                    } else {
-                        self.entries.remove(&id);
-                    }
-                    joined
-                }
-                _ => return Vec::new(),
-            },
-            None => return Vec::new(),
+        let Some(entry) = self.entries.get_mut(&id) else {
+            return Vec::new();
         };
-        self.evict(now);
+        let joined = match entry {
+            Entry::InFlight { serial: s, joined } if *s == serial => std::mem::take(joined),
+            _ => return Vec::new(),
+        };
+        if let Some(outcome) = outcome {
+            *entry = Entry::Done(outcome);
+            self.order.push_back((now, id));
+            self.evict(now);
+        } else {
+            self.entries.remove(&id);
+        }
         joined
     }
 
