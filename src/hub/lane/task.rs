@@ -299,7 +299,7 @@ pub(crate) fn spawn(mut parts: Parts) -> LaneHandle {
         readers: Vec::new(),
         leases: HashMap::new(),
         copying: HashMap::new(),
-        acked: Vec::new(),
+        kept: Vec::new(),
         settlements,
         status: status.clone(),
     };
@@ -335,8 +335,9 @@ struct Task {
     leases: HashMap<Seq, u64>,
     /// Leases that wait for a copy in the dead letters, with who waits for it.
     copying: HashMap<Seq, Option<Done>>,
-    /// Handlers who wait until it is on the disk that their group is done.
-    acked: Vec<Done>,
+    /// Handlers who wait until the disk has it that their group is done, or that
+    /// their task rests.
+    kept: Vec<Done>,
     settlements: mpsc::UnboundedSender<Settlement>,
     status: Arc<Status>,
 }
@@ -894,13 +895,21 @@ impl Task {
         }
         self.end_lease(settlement.tag);
         let acked = matches!(settlement.verdict, Verdict::Ack);
+        let rests = matches!(settlement.verdict, Verdict::Retry { .. });
         let known = self
             .machine
             .settle(now(), settlement.tag, settlement.verdict);
         if known && acked {
             self.parts.recorder.messages_acked.inc();
         }
-        if let Some(done) = settlement.done {
+        let Some(done) = settlement.done else {
+            return;
+        };
+        if known && rests {
+            // Who was told that it rests may count on its time: a kill before the
+            // disk had it would hand it out again at once, as not yet tried.
+            self.kept.push(done);
+        } else {
             let _ = done.send(if known { Ok(()) } else { Err(not_held()) });
         }
     }
@@ -926,7 +935,7 @@ impl Task {
             return;
         };
         if acked && known {
-            self.acked.push(done);
+            self.kept.push(done);
         } else {
             let _ = done.send(if failed {
                 Err(Error::new(
@@ -941,13 +950,14 @@ impl Task {
         }
     }
 
-    /// Handlers hear of their acks once the marks are as safe as the events.
+    /// Handlers hear of what was noted about a message once that is as safe as the
+    /// message itself: a group's ack, a task's rest.
     fn tell_handlers(&mut self) {
-        if self.acked.is_empty() {
+        if self.kept.is_empty() {
             return;
         }
         self.act();
-        for done in std::mem::take(&mut self.acked) {
+        for done in std::mem::take(&mut self.kept) {
             self.keeper.tell_handler(now().at, done);
         }
     }
