@@ -14,15 +14,16 @@
 //! the key is kept with them.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     fmt,
-    hash::{BuildHasherDefault, Hash, Hasher},
+    hash::{Hash, Hasher},
     time::Duration,
 };
 
 use siphasher::sip128::{Hasher128, SipHasher13};
 use uuid::Uuid;
 
+use super::gradual::{FewIds, IdMap, Queue};
 use crate::message::Timestamp;
 
 /// Hashes (topic, id) with a secret key. The same key gives the same hashes in
@@ -37,31 +38,6 @@ pub(crate) struct IdHash([u64; 2]);
 impl Hash for IdHash {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.0[0]);
-    }
-}
-
-/// A map by ids. They are hashes already, under a key that nobody can guess: to
-/// hash them once more would protect nothing.
-pub(crate) type IdMap<V> = HashMap<IdHash, V, BuildHasherDefault<AsItIs>>;
-
-/// Takes a number for its own hash.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct AsItIs(u64);
-
-impl Hasher for AsItIs {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write_u64(&mut self, number: u64) {
-        self.0 = number;
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        // Only one number comes here.
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
     }
 }
 
@@ -101,6 +77,11 @@ impl fmt::Debug for IdHasher {
 }
 
 impl IdHash {
+    /// Which of so many parts it belongs to; not told by its [`Hash`].
+    pub(super) fn part(&self, parts: usize) -> usize {
+        self.0[1] as usize % parts
+    }
+
     /// As bytes, to be kept.
     pub(crate) fn to_bytes(self) -> [u8; 16] {
         (u128::from(self.0[0]) | u128::from(self.0[1]) << 64).to_le_bytes()
@@ -139,9 +120,9 @@ pub(crate) struct DedupWindow<T> {
     settled: IdMap<Settled>,
     /// When what was settled, oldest first. An id that was settled again has
     /// more than one entry, of which the last counts.
-    order: VecDeque<(u32, IdHash)>,
+    order: Queue<(u32, IdHash)>,
     /// Ids in handlers' hands; few, since each is an unsettled delivery.
-    leased: IdMap<Leased<T>>,
+    leased: FewIds<Leased<T>>,
     serial: u64,
     counts: DedupCounts,
 }
@@ -224,8 +205,8 @@ impl<T> DedupWindow<T> {
             hasher,
             base: None,
             settled: IdMap::default(),
-            order: VecDeque::new(),
-            leased: IdMap::default(),
+            order: Queue::default(),
+            leased: FewIds::default(),
             serial: 0,
             counts: DedupCounts::default(),
         }

@@ -9,9 +9,12 @@
 //! Pure: no clock, no channel, no task. Ids are kept as the hashes of
 //! [`super::dedup`], with the same odds against mistaking one for another.
 
-use std::{collections::VecDeque, time::Duration};
+use std::time::Duration;
 
-use super::dedup::{IdHash, IdHasher, IdMap};
+use super::{
+    dedup::{IdHash, IdHasher},
+    gradual::{IdMap, Queue},
+};
 use crate::{
     message::{MessageId, Timestamp},
     topic::Topic,
@@ -26,7 +29,7 @@ pub(crate) struct IntakeWindow<O, J> {
     hasher: IdHasher,
     entries: IdMap<Entry<O, J>>,
     /// When each outcome was recorded, oldest first.
-    order: VecDeque<(Timestamp, IdHash)>,
+    order: Queue<(Timestamp, IdHash)>,
     serial: u64,
     counts: IntakeCounts,
 }
@@ -89,7 +92,7 @@ impl<O, J> Default for IntakeWindow<O, J> {
             max_age: MAX_AGE,
             hasher: IdHasher::random(),
             entries: IdMap::default(),
-            order: VecDeque::new(),
+            order: Queue::default(),
             serial: 0,
             counts: IntakeCounts::default(),
         }

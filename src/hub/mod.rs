@@ -27,6 +27,7 @@ mod dead_rate;
 )]
 mod dedup;
 mod found;
+mod gradual;
 mod group;
 #[cfg_attr(
     not(feature = "journal"),
