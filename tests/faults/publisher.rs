@@ -217,7 +217,7 @@ impl Publisher {
                     let Some(Ok(piece)) = piece else { break };
                     heard = Instant::now();
                     text.extend_from_slice(&piece);
-                    if !self.take_answers(&mut text, &mut open) {
+                    if !self.take_answers(heard, &mut text, &mut open) {
                         break;
                     }
                 }
@@ -306,8 +306,9 @@ impl Publisher {
         format!("{envelope}\n").into_bytes()
     }
 
-    /// False when the hub takes nothing more on this connection.
-    fn take_answers(&mut self, text: &mut Vec<u8>, open: &mut Open) -> bool {
+    /// False when the hub takes nothing more on this connection. What came in one
+    /// piece came at one time: reading it here is no wait at the hub.
+    fn take_answers(&mut self, came: Instant, text: &mut Vec<u8>, open: &mut Open) -> bool {
         let Some(end) = text.iter().rposition(|b| *b == b'\n') else {
             return true;
         };
@@ -338,7 +339,7 @@ impl Publisher {
                     (outcome, Some(error.to_string()))
                 }
             };
-            self.book.answered(place, outcome, problem);
+            self.book.answered(place, came.into_std(), outcome, problem);
             self.progress.answered.fetch_add(1, Ordering::Relaxed);
         }
         true
