@@ -38,8 +38,9 @@ impl MessagingHub {
     ///
     /// `transactional_id` is this member's own and the same after a restart: another
     /// process that opens it fences this one, which then fails
-    /// ([`Subscription::active`] is false, the log says why). Members that share a
-    /// group need ids of their own.
+    /// ([`Subscription::active`] is false, the log says why). So it does where it may not
+    /// write: to a topic, or under that id. Members that share a group need ids of their
+    /// own.
     ///
     /// # Errors
     /// `INVALID_CONFIG`: no group, not Kafka, or an option that is of no use here.

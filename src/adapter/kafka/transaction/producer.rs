@@ -206,6 +206,14 @@ impl Producer {
         book.failed.as_ref().is_some_and(|(_, e)| !follows(e))
     }
 
+    /// Why the transaction can only be aborted, where that is no record's own fault: the
+    /// library purges all of them then, and only it knows.
+    pub(super) fn cause(&self) -> Option<KafkaError> {
+        // Nothing begins in the middle of another: it is refused with the error that
+        // ended that one or, where none did, for its state.
+        self.inner.begin_transaction().err()
+    }
+
     /// Where the records are.
     pub(super) fn positions(&self) -> Vec<Option<Position>> {
         self.inner.context().book().positions.clone()

@@ -3,11 +3,15 @@
 //! up is replaced by another of the same id, which ends what the first left open.
 
 use std::{
+    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use rdkafka::{TopicPartitionList, consumer::ConsumerGroupMetadata};
+use rdkafka::{
+    TopicPartitionList, consumer::ConsumerGroupMetadata, error::KafkaError,
+    types::RDKafkaErrorCode as Code,
+};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
@@ -19,7 +23,7 @@ use crate::{
     adapter::kafka::{
         broker::Backend,
         client,
-        error::{closed, failed, fate},
+        error::{closed, failed, fate, raw_code},
         record::{self, Shape},
     },
     broker::{BrokerType, Compression, Fate, Outgoing, Position},
@@ -201,7 +205,7 @@ impl Session {
             let made = self.made().map_err(Stopped::Told)?;
             let bytes = shape.bytes;
             if let Err(why) = made.producer.write(index, out, shape, queued) {
-                if let Some(error) = too_large(&why, out, bytes) {
+                if let Some(error) = not_taken(&why, out, bytes) {
                     return Err(self.written_off(Step::Abort, error));
                 }
                 // Mostly because one before it was refused, which is about to be told.
@@ -215,8 +219,17 @@ impl Session {
             let settled = made.producer.settled();
             let over = settled || lost.is_some_and(|since: Instant| since.elapsed() >= CAUSE);
             let told = made.producer.refusal(work.batch, made.batch_bytes);
+            let known = made.producer.knows_the_cause();
+            if over
+                && !known
+                && (told.is_some() || unwritten.is_some())
+                && let Some(why) = made.producer.cause()
+                && let Some(error) = not_permitted(&why, &self.id, work.batch)
+            {
+                return Err(Stopped::Abort(error));
+            }
             if let Some((trouble, error)) = told {
-                if over || made.producer.knows_the_cause() {
+                if over || known {
                     let step = decide(Stage::Write, trouble, self.clock(began, until));
                     return Err(self.written_off(step, error));
                 }
@@ -408,6 +421,9 @@ impl Session {
             return unknown(why);
         }
         tracing::debug!(target: "messaging_hub::kafka", ?stage, id = self.id, ?why, "a transaction failed");
+        if let Some(error) = not_permitted(&why.error, &self.id, &[]) {
+            return error;
+        }
         let text = match stage {
             Stage::Prepare | Stage::Begin => {
                 "the transaction could not be begun; nothing of it was sent"
@@ -430,12 +446,49 @@ enum Stopped {
     Abort(Error),
 }
 
-/// The client library knows its own limit and does not even take such a record: a
-/// refusal, as the broker's would be.
-fn too_large(why: &Failed, out: &Outgoing, bytes: usize) -> Option<Error> {
-    match fate(&why.error, &out.topic, bytes, 0) {
-        Fate::Refused(error) if error.code() == ErrorCode::MessageTooLarge => {
-            Some(error.with_id(out.message.id.as_str()))
+/// The client library knows its own limit, and which topics it was denied, and does not
+/// even take such a record: a refusal, as the broker's would be.
+fn not_taken(why: &Failed, out: &Outgoing, bytes: usize) -> Option<Error> {
+    let Fate::Refused(error) = fate(&why.error, &out.topic, bytes, 0) else {
+        return None;
+    };
+    let known = [ErrorCode::MessageTooLarge, ErrorCode::AuthenticationFailed];
+    known
+        .contains(&error.code())
+        .then(|| error.with_id(out.message.id.as_str()))
+}
+
+/// What this publisher may not do, where that is why nothing of `batch` can be written.
+fn not_permitted(why: &KafkaError, id: &str, batch: &[Outgoing]) -> Option<Error> {
+    let refusal = |what: String| {
+        let text = format!("nothing of the transaction is visible: {what}");
+        Error::rejected(ErrorCode::AuthenticationFailed, text)
+            .at(BrokerType::Kafka)
+            .caused_by(why.clone())
+    };
+    match raw_code(why)? {
+        // Brokers name the topic to the client library, and that to its log only.
+        Code::TopicAuthorizationFailed => {
+            let topics: BTreeSet<&str> = batch.iter().map(|o| o.topic.as_str()).collect();
+            let few: Vec<&str> = topics.iter().copied().take(NAMED).collect();
+            match few[..] {
+                // It is one that is read.
+                [] => None,
+                [only] => {
+                    let what = "not permitted to write to its topic; permit this client to";
+                    Some(refusal(what.to_owned()).on(only))
+                }
+                _ => Some(refusal(format!(
+                    "not permitted to write to one of its {} topics ({}); permit this client to",
+                    topics.len(),
+                    few.join(", ")
+                ))),
+            }
+        }
+        Code::TransactionalIdAuthorizationFailed | Code::ClusterAuthorizationFailed => {
+            Some(refusal(format!(
+                "not permitted to write under the transactional id {id:?}; permit this client to, or use another id"
+            )))
         }
         _ => None,
     }
@@ -500,8 +553,86 @@ fn fenced(id: &str) -> Error {
     .at(BrokerType::Kafka)
 }
 
+/// Topics of a batch that an error names.
+const NAMED: usize = 10;
+
 /// How long a transaction that will be aborted is asked which record was at fault.
 const CAUSE: Duration = Duration::from_secs(1);
 
 /// How long after its deadline a caller waits for an abort, which only tells it more.
 const ABORT_PATIENCE: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        broker::OrderKey,
+        message::{Message, wire::Marks},
+    };
+
+    fn to(topic: &str) -> Outgoing {
+        Outgoing {
+            topic: Topic::new(topic).unwrap(),
+            message: Arc::new(Message::default()),
+            order: OrderKey::Publisher(0),
+            marks: Marks::default(),
+        }
+    }
+
+    fn denied(code: Code, batch: &[Outgoing]) -> Option<Error> {
+        not_permitted(&KafkaError::MessageProduction(code), "orders-1", batch)
+    }
+
+    #[test]
+    fn a_lacking_permission_is_a_refusal_that_names_what_is_denied() {
+        let one = denied(Code::TopicAuthorizationFailed, &[to("a"), to("a")]).unwrap();
+        assert_eq!(one.code(), ErrorCode::AuthenticationFailed);
+        assert!(one.is_refusal() && !one.is_retryable(), "{one}");
+        assert_eq!((one.topic(), one.message_id()), (Some("a"), None));
+        let batch = [to("b"), to("a"), to("b")];
+        let several = denied(Code::TopicAuthorizationFailed, &batch).unwrap();
+        assert_eq!(several.topic(), None);
+        let text = several.to_string();
+        assert!(text.contains("2 topics (a, b)"), "{text}");
+        for code in [
+            Code::TransactionalIdAuthorizationFailed,
+            Code::ClusterAuthorizationFailed,
+        ] {
+            let error = denied(code, &[]).unwrap();
+            assert!(error.is_refusal(), "{error}");
+            assert!(error.to_string().contains("orders-1"), "{error}");
+        }
+    }
+
+    #[test]
+    fn whatever_else_fails_a_transaction_is_no_lacking_permission() {
+        // Of a topic that is read, where nothing is written.
+        assert!(denied(Code::TopicAuthorizationFailed, &[]).is_none());
+        for code in [
+            Code::GroupAuthorizationFailed,
+            Code::PurgeQueue,
+            Code::State,
+            Code::ProducerFenced,
+        ] {
+            assert!(denied(code, &[to("a")]).is_none(), "{code:?}");
+        }
+    }
+
+    #[test]
+    fn what_the_client_library_does_not_take_is_a_refusal_of_that_record() {
+        let out = to("a");
+        let not_taken = |code| {
+            let why = Failed::from(KafkaError::MessageProduction(code));
+            super::not_taken(&why, &out, 100)
+        };
+        for code in [Code::MessageSizeTooLarge, Code::TopicAuthorizationFailed] {
+            let error = not_taken(code).unwrap();
+            assert!(error.is_refusal(), "{error}");
+            assert_eq!(error.message_id(), Some(out.message.id.as_str()));
+        }
+        // Another record's fault, or one that the next look at the cluster may mend.
+        for code in [Code::State, Code::UnknownPartition] {
+            assert!(not_taken(code).is_none(), "{code:?}");
+        }
+    }
+}

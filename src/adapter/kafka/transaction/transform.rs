@@ -316,8 +316,7 @@ impl Transform {
             return Ok(());
         }
         let outcome = match self.transact(&batch, &offsets) {
-            // What this hub may not do is no message's fault.
-            Err(error) if error.is_refusal() && self.check(&error).is_ok() => match one {
+            Err(error) if self.is_of_a_message(&error) => match one {
                 // Alone in its transaction: what is refused comes of this message.
                 Some(item) => {
                     let letter = bury(&item, &error, &self.rules);
@@ -415,6 +414,15 @@ impl Transform {
         }
         let moved = self.client.seek_partitions(list_of(&known), SEEK)?;
         moved.elements().iter().try_for_each(|e| e.error())
+    }
+
+    /// Whether an error is a refusal of what a message has become.
+    fn is_of_a_message(&self, error: &Error) -> bool {
+        // What this hub may not do is no message's fault, also while the brokers turn
+        // everybody away.
+        error.is_refusal()
+            && error.code() != ErrorCode::AuthenticationFailed
+            && self.check(error).is_ok()
     }
 
     /// Whether an error ends the transform.
