@@ -12,7 +12,7 @@ use rdkafka::{
     config::FromClientConfigAndContext,
     consumer::Consumer as _,
     error::KafkaError,
-    types::RDKafkaErrorCode as Code,
+    types::{RDKafkaErrorCode as Code, RDKafkaRespErr},
 };
 
 use super::{
@@ -89,7 +89,8 @@ impl Admin {
         self.look_up(topic).await
     }
 
-    /// Asks the cluster about one topic.
+    /// Asks the cluster about one topic. One that may not be seen is an error: nobody
+    /// says whether there is one.
     pub(super) async fn look_up(&self, topic: &Topic) -> Result<Option<TopicFacts>> {
         let topics = Arc::clone(&self.topics);
         let name = topic.clone();
@@ -105,7 +106,17 @@ impl Admin {
                 failed(ErrorCode::ConnectionFailed, "looking up a topic", e).on(name.as_str())
             })?;
             topics.learn(&metadata, false);
-            Ok(topics.get(&name))
+            let facts = topics.get(&name);
+            let denied = metadata.topics().iter().any(|t| t.error() == Some(DENIED));
+            if facts.is_none() && denied {
+                return Err(Error::rejected(
+                    ErrorCode::AuthenticationFailed,
+                    "not permitted to see whether there is such a topic; permit this client to read it or to write to it",
+                )
+                .at(BrokerType::Kafka)
+                .on(name.as_str()));
+            }
+            Ok(facts)
         })
         .await
     }
@@ -399,6 +410,9 @@ pub(super) fn not_found(topic: &Topic) -> Error {
     .at(BrokerType::Kafka)
     .on(topic.as_str())
 }
+
+/// What the cluster says of a topic that this client may not even know of.
+const DENIED: RDKafkaRespErr = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
 
 /// How long one question may take.
 const QUESTION: Duration = Duration::from_secs(3);
