@@ -22,6 +22,12 @@ use messaging_hub::{
     topology::{Topology, TopologyMode},
 };
 
+use rdkafka::{
+    ClientConfig,
+    admin::{AdminClient, AdminOptions, AlterConfig, ResourceSpecifier},
+    client::DefaultClientContext,
+};
+
 use crate::{
     common::*,
     foreign::{committed, committed_n, console, counts, written},
@@ -194,6 +200,59 @@ async fn a_record_over_the_clients_own_limit_is_refused_by_its_id() {
     let aborted = error.to_string().contains("nothing of it is visible");
     assert!(aborted, "{error}");
     close(hub).await;
+}
+
+/// The hub knows a limit that is no more: what is over the new one is refused by its id,
+/// and what was only in a batch with it, or in one that is too large now, is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_over_a_limit_that_was_lowered_is_refused_after_a_few_tries() {
+    let node = need!(shared_kafka().await);
+    let broker = connected(config(node.bootstrap())).await;
+    let topic = topic(&broker, "tx-lowered", 1).await;
+    let hub = hub_over(&broker);
+    let noisy = || {
+        let mut messages = round(0, 0..20);
+        let noise = (0..50_000).map(|_| fastrand::u8(..)).collect::<Vec<_>>();
+        messages[10].payload = noise.into();
+        messages
+    };
+    let before = hub.publish_batch_atomic(&topic, noisy()).await;
+    assert_eq!(before.unwrap().len(), 20);
+    lower(node.bootstrap(), &topic, "20000").await;
+    let mut tries = 0;
+    let (error, id) = loop {
+        tries += 1;
+        assert!(tries < 50, "nothing is refused");
+        let messages = noisy();
+        let id = messages[10].id.clone();
+        match hub.publish_batch_atomic(&topic, messages).await {
+            // The broker has yet to hear of it.
+            Ok(_) => {}
+            Err(error) if error.is_refusal() => break (error, id),
+            Err(error) => assert_eq!(error.assume(), Assume::NotSent, "{error}"),
+        }
+    };
+    assert_eq!(error.code(), ErrorCode::MessageTooLarge, "{error}");
+    assert_eq!(error.message_id(), Some(id.as_str()), "{error}");
+    let mut tries = 0;
+    while let Err(error) = hub.publish_batch_atomic(&topic, round(1, 0..500)).await {
+        assert_eq!(error.assume(), Assume::NotSent, "{error}");
+        tries += 1;
+        assert!(tries < 10, "{error}");
+    }
+    close(hub).await;
+}
+
+/// Lowers the limit of a topic at its broker.
+async fn lower(bootstrap: &str, topic: &str, bytes: &str) {
+    let admin: AdminClient<DefaultClientContext> = ClientConfig::new()
+        .set("bootstrap.servers", bootstrap)
+        .create()
+        .unwrap();
+    let change = AlterConfig::new(ResourceSpecifier::Topic(topic)).set("max.message.bytes", bytes);
+    let options = AdminOptions::new();
+    let changed = admin.alter_configs(&[change], &options).await.unwrap();
+    assert!(changed.iter().all(|c| c.is_ok()), "{changed:?}");
 }
 
 async fn commit_one(

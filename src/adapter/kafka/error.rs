@@ -61,8 +61,17 @@ pub(super) fn precise(code: Code) -> Option<ErrorCode> {
     })
 }
 
-/// What became of a record that was not delivered.
-pub(super) fn fate(error: &KafkaError, topic: &str, bytes: usize, batch_bytes: usize) -> Fate {
+/// Whether a batch, of one record or more, was over the limit of its topic.
+pub(super) fn is_too_large(error: &KafkaError) -> bool {
+    matches!(
+        raw_code(error),
+        Some(Code::MessageSizeTooLarge | Code::MessageBatchTooLarge)
+    )
+}
+
+/// What became of a record that was not delivered. `shared`: others may have been in its
+/// batch.
+pub(super) fn fate(error: &KafkaError, topic: &str, bytes: usize, shared: bool) -> Fate {
     let code = raw_code(error).unwrap_or(Code::Unknown);
     let make = |c: ErrorCode, why: String| {
         Error::new(c, why)
@@ -71,11 +80,9 @@ pub(super) fn fate(error: &KafkaError, topic: &str, bytes: usize, batch_bytes: u
             .caused_by(error.clone())
     };
     match code {
-        Code::MessageSizeTooLarge | Code::MessageBatchTooLarge | Code::InvalidMessageSize
-            if bytes < batch_bytes / 2 && code != Code::InvalidMessageSize =>
-        {
-            // The broker turned down the batch that this small record shared
-            // with others, so the record itself may well be acceptable.
+        _ if shared && is_too_large(error) => {
+            // The broker turned down the batch that this record shared with others,
+            // so the record itself may well be acceptable.
             Fate::Overloaded(make(
                 ErrorCode::PublishFailed,
                 "the broker refused a whole batch as too large; the topic's max.message.bytes was lowered, try again".to_owned(),
@@ -144,7 +151,7 @@ mod tests {
     use super::*;
 
     fn fate_of(code: Code) -> Fate {
-        fate(&KafkaError::MessageProduction(code), "t", 100_000, 131_072)
+        fate(&KafkaError::MessageProduction(code), "t", 100_000, false)
     }
 
     #[test]
@@ -176,11 +183,13 @@ mod tests {
     }
 
     #[test]
-    fn a_small_record_in_a_refused_batch_may_be_tried_again() {
-        let error = KafkaError::MessageProduction(Code::MessageSizeTooLarge);
-        assert!(matches!(
-            fate(&error, "t", 100, 131_072),
-            Fate::Overloaded(_)
-        ));
+    fn a_record_that_shared_a_refused_batch_may_be_tried_again() {
+        let shared = |code| fate(&KafkaError::MessageProduction(code), "t", 100, true);
+        for code in [Code::MessageSizeTooLarge, Code::MessageBatchTooLarge] {
+            assert!(matches!(shared(code), Fate::Overloaded(_)), "{code:?}");
+        }
+        for code in [Code::InvalidMessageSize, Code::InvalidRecord] {
+            assert!(matches!(shared(code), Fate::Refused(_)), "{code:?}");
+        }
     }
 }

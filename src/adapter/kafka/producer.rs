@@ -270,7 +270,9 @@ impl ProducerContext for Context {
                 if Shared::is_fatal(raw_code(error)) {
                     shared.dead.cancel();
                 }
-                fate(error, record.topic(), ticket.bytes, shared.batch_bytes)
+                // One of half a batch is taken to have been alone in its own.
+                let small = ticket.bytes < shared.batch_bytes / 2;
+                fate(error, record.topic(), ticket.bytes, small)
             }
         };
         ticket.answer(fate);

@@ -329,7 +329,7 @@ impl Publisher {
             Ok(()) => {}
             Err((ticket, Some(error))) => {
                 // Turned down before it was queued, so it is certainly not stored.
-                let fate = match fate(&error, topic, bytes, 0) {
+                let fate = match fate(&error, topic, bytes, false) {
                     Fate::Unknown(error) => {
                         Fate::Unsent(error.assuming(crate::error::Assume::NotSent))
                     }

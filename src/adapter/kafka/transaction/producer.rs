@@ -20,7 +20,7 @@ use rdkafka::{
 use super::machine::Trouble;
 use crate::{
     adapter::kafka::{
-        error::{failed, fate, raw_code},
+        error::{failed, fate, is_too_large, raw_code},
         link::{Link, log},
         record::{self, Shape},
     },
@@ -33,6 +33,32 @@ use crate::{
 pub(super) struct Failed {
     pub(super) trouble: Trouble,
     pub(super) error: KafkaError,
+}
+
+/// What it means that a record was not stored.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) trouble: Trouble,
+    pub(super) error: Error,
+    /// The batch that it may have shared was too large for the broker: in a smaller one
+    /// it is stored, or is itself what is too large.
+    pub(super) crowded: bool,
+}
+
+impl Refusal {
+    fn new(error: KafkaError, out: &Outgoing, size: usize, batch_bytes: usize) -> Option<Self> {
+        // The library puts nothing beside a record that fills a batch.
+        let shared = size < batch_bytes;
+        let told = match fate(&error, &out.topic, size, shared) {
+            Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => e,
+            Fate::Confirmed(_) => return None,
+        };
+        Some(Self {
+            crowded: shared && is_too_large(&error),
+            error: told.with_id(out.message.id.as_str()),
+            trouble: Failed::from(error).trouble.max_abort(),
+        })
+    }
 }
 
 /// What became of the records of one transaction.
@@ -187,17 +213,15 @@ impl Producer {
         self.inner.context().book().owed == 0
     }
 
-    /// The first record that was not stored: which, and what that means.
-    pub(super) fn refusal(&self, batch: &[Outgoing], bytes: usize) -> Option<(Trouble, Error)> {
+    /// The first record that was not stored, of records of these sizes.
+    pub(super) fn refusal(
+        &self,
+        batch: &[Outgoing],
+        sizes: &[usize],
+        batch_bytes: usize,
+    ) -> Option<Refusal> {
         let (index, error) = self.inner.context().book().failed.clone()?;
-        let out = batch.get(index)?;
-        let size = out.message.payload.len();
-        let error_of = match fate(&error, &out.topic, size, bytes) {
-            Fate::Refused(e) | Fate::Overloaded(e) | Fate::Unknown(e) | Fate::Unsent(e) => e,
-            Fate::Confirmed(_) => return None,
-        };
-        let told = error_of.with_id(out.message.id.as_str());
-        Some((Failed::from(error).trouble.max_abort(), told))
+        Refusal::new(error, batch.get(index)?, *sizes.get(index)?, batch_bytes)
     }
 
     /// Whether a record failed by its own fault; until then another may be told yet.
@@ -291,3 +315,54 @@ const SLICE: Duration = Duration::from_millis(200);
 
 /// How long callbacks are waited for at once.
 const TICK: Duration = Duration::from_millis(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        broker::OrderKey,
+        message::{Message, wire::Marks},
+        topic::Topic,
+    };
+
+    fn refusal(code: Code, size: usize, batch_bytes: usize) -> Refusal {
+        let out = Outgoing {
+            topic: Topic::new("t").unwrap(),
+            message: Arc::new(Message::default()),
+            order: OrderKey::Publisher(0),
+            marks: Marks::default(),
+        };
+        let error = KafkaError::MessageProduction(code);
+        Refusal::new(error, &out, size, batch_bytes).unwrap()
+    }
+
+    #[test]
+    fn a_record_over_a_limit_that_was_lowered_is_refused_after_a_few_smaller_batches() {
+        for code in [Code::MessageSizeTooLarge, Code::MessageBatchTooLarge] {
+            let mut batch_bytes = 131_072;
+            let mut tries = 1;
+            // Whichever record of a batch that is too large is told first.
+            while refusal(code, 50_000, batch_bytes).crowded {
+                let error = refusal(code, 50_000, batch_bytes).error;
+                assert!(!error.is_refusal() && error.is_retryable(), "{error}");
+                batch_bytes /= 2;
+                tries += 1;
+            }
+            let error = refusal(code, 50_000, batch_bytes).error;
+            assert_eq!(error.code(), ErrorCode::MessageTooLarge);
+            assert_eq!((error.is_refusal(), tries), (true, 3));
+        }
+    }
+
+    #[test]
+    fn only_a_batch_that_was_too_large_is_to_be_smaller() {
+        for code in [
+            Code::InvalidRecord,
+            Code::NotEnoughReplicas,
+            Code::PurgeQueue,
+            Code::InvalidDifferentRecord,
+        ] {
+            assert!(!refusal(code, 100, 131_072).crowded, "{code:?}");
+        }
+    }
+}

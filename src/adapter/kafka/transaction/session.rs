@@ -54,6 +54,9 @@ pub(super) struct Session {
     runtime: Handle,
     id: String,
     producer: Option<Made>,
+    /// The largest batch: half of one that was too large for a broker, whose limit was
+    /// lowered since it was asked for, or may not be asked for.
+    largest: usize,
     /// Why nothing is written any more.
     ended: Option<Error>,
     /// Cancelled when nobody waits any longer.
@@ -79,6 +82,7 @@ impl Session {
             runtime,
             id,
             producer: None,
+            largest: usize::MAX,
             ended: None,
             closing,
         }
@@ -134,6 +138,7 @@ impl Session {
         if let Some(error) = &self.ended {
             return Err(error.clone());
         }
+        let batch = batch.min(self.largest);
         let fits = |m: &Made| m.compression == compression && m.batch_bytes <= batch;
         if !self.producer.as_ref().is_some_and(fits) {
             let config = &self.backend.config;
@@ -197,6 +202,7 @@ impl Session {
         let until = work.deadline;
         let count = work.batch.len();
         self.call(Stage::Begin, began, until, tell, |p| p.begin(count))?;
+        let sizes: Vec<usize> = shapes.iter().map(|s| s.bytes).collect();
         let queued = until.min(began + self.backend.config.transaction_timeout);
         // Since when nothing but an abort can come of it.
         let mut lost = None;
@@ -218,7 +224,8 @@ impl Session {
             let made = self.made().map_err(Stopped::Told)?;
             let settled = made.producer.settled();
             let over = settled || lost.is_some_and(|since: Instant| since.elapsed() >= CAUSE);
-            let told = made.producer.refusal(work.batch, made.batch_bytes);
+            let batch_bytes = made.batch_bytes;
+            let told = made.producer.refusal(work.batch, &sizes, batch_bytes);
             let known = made.producer.knows_the_cause();
             if over
                 && !known
@@ -228,10 +235,13 @@ impl Session {
             {
                 return Err(Stopped::Abort(error));
             }
-            if let Some((trouble, error)) = told {
+            if let Some(refusal) = told {
                 if over || known {
-                    let step = decide(Stage::Write, trouble, self.clock(began, until));
-                    return Err(self.written_off(step, error));
+                    if refusal.crowded {
+                        self.largest = batch_bytes / 2;
+                    }
+                    let step = decide(Stage::Write, refusal.trouble, self.clock(began, until));
+                    return Err(self.written_off(step, refusal.error));
                 }
                 lost.get_or_insert_with(Instant::now);
             }
@@ -449,7 +459,7 @@ enum Stopped {
 /// The client library knows its own limit, and which topics it was denied, and does not
 /// even take such a record: a refusal, as the broker's would be.
 fn not_taken(why: &Failed, out: &Outgoing, bytes: usize) -> Option<Error> {
-    let Fate::Refused(error) = fate(&why.error, &out.topic, bytes, 0) else {
+    let Fate::Refused(error) = fate(&why.error, &out.topic, bytes, false) else {
         return None;
     };
     let known = [ErrorCode::MessageTooLarge, ErrorCode::AuthenticationFailed];
