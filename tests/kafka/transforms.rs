@@ -248,6 +248,7 @@ async fn what_fails_is_tried_again_and_buried_within_the_transaction() {
     // One try and two retries, however often its transaction goes back because of what
     // the broker refuses.
     assert_eq!(tries.load(Ordering::SeqCst), 3);
+    assert_eq!(broker.metrics().messages_dead_lettered, 4);
     let seen = committed(node.bootstrap(), &[&to]).await;
     let counts = counts(seen.into_iter().map(|s| s.body));
     assert_eq!(counts.len(), 196);

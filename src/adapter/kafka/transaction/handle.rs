@@ -78,6 +78,7 @@ async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
         next: None,
         done: 0,
         failed: None,
+        letters: 0,
         given_up: Vec::new(),
         left: part.items,
     };
@@ -87,9 +88,9 @@ async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
             break;
         };
         let outcome = match &item.verdict {
-            // Counted the first time.
             Some(failure) => {
                 handled.outputs.push(buried(item, failure.clone(), &rules));
+                handled.letters += 1;
                 Ok(Vec::new())
             }
             None => one(item, &rules).await,
@@ -104,10 +105,10 @@ async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
                 break;
             }
             Err((failure, false)) => {
-                rules.recorder.messages_dead_lettered.inc();
                 let id = item.received.message.id.clone();
                 handled.given_up.push((item.offset, id, failure.clone()));
                 handled.outputs.push(buried(item, failure, &rules));
+                handled.letters += 1;
             }
         }
         handled.next = Some(item.offset + 1);
@@ -165,7 +166,6 @@ pub(super) fn bury(item: &Item, why: &Error, rules: &Rules) -> Outgoing {
         &item.received.topic,
         item.received.marks.failure.as_deref(),
     );
-    rules.recorder.messages_dead_lettered.inc();
     buried(item, failure, rules)
 }
 
@@ -188,3 +188,60 @@ const CONCURRENCY: usize = 16;
 
 /// Messages that a partition adds to one transaction before it stops.
 const ENOUGH: usize = 10_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        broker::{BrokerType, Received, TransformFuture},
+        message::Message,
+    };
+
+    /// Fails at everything.
+    struct Fails;
+
+    impl Transformer for Fails {
+        fn transform(&self, _: Received) -> TransformFuture {
+            let failed: Result<Vec<Outgoing>, _> = Err(HandlerError::retry("no"));
+            Box::pin(async move { failed })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_dead_letter_is_left_to_be_counted_when_it_is_committed() {
+        let recorder = Arc::new(MetricsRecorder::default());
+        let options = SubscribeOptions {
+            retry_on_error: false,
+            ..SubscribeOptions::default()
+        };
+        let rules = Rules::new(
+            &options,
+            Arc::new(Fails),
+            Arc::clone(&recorder),
+            Topic::new("letters").unwrap(),
+            CancellationToken::new(),
+        );
+        let item = |offset, verdict| Item {
+            offset,
+            received: Received {
+                topic: Topic::new("t").unwrap(),
+                message: Arc::new(Message::default()),
+                marks: Arc::default(),
+                via: BrokerType::Kafka,
+            },
+            verdict,
+        };
+        // One that fails now, and one that did before a transaction that went back.
+        let earlier = Failure::now("handler_error", "no", "t", None);
+        let part = Part {
+            place: ("t".into(), 0),
+            generation: 1,
+            items: [item(0, None), item(1, Some(earlier))].into(),
+        };
+        let handled = handle(vec![part], Arc::new(rules)).await.remove(0);
+        assert_eq!((handled.done, handled.outputs.len()), (2, 2));
+        assert_eq!((handled.letters, handled.given_up.len()), (2, 1));
+        assert_eq!(recorder.messages_failed.get(), 1);
+        assert_eq!(recorder.messages_dead_lettered.get(), 0);
+    }
+}

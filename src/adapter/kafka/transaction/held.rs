@@ -49,6 +49,8 @@ pub(super) struct Handled {
     pub(super) done: u64,
     /// The first that is not done failed, and is tried again after this long.
     pub(super) failed: Option<(Failure, Duration)>,
+    /// Dead letters among the outputs.
+    pub(super) letters: u64,
     /// Of those that are done: what failed for good, and why.
     pub(super) given_up: Vec<(i64, MessageId, Failure)>,
     /// What is not done.
@@ -281,6 +283,7 @@ mod tests {
                 Failure::now("handler_error", "no", "t", None),
                 Duration::from_secs(1),
             )),
+            letters: 0,
             given_up: Vec::new(),
             left,
         }
@@ -342,6 +345,7 @@ mod tests {
             next: Some(2),
             done: 2,
             failed: None,
+            letters: 2,
             given_up: vec![(0, id(0), failure.clone()), (1, id(1), failure)],
             left: VecDeque::new(),
         };

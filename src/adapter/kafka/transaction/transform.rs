@@ -311,11 +311,14 @@ impl Transform {
             .filter_map(|h| Some((h.place.clone(), h.next?)))
             .collect();
         let done: u64 = current.iter().map(|h| h.done).sum();
+        let letters: u64 = current.iter().map(|h| h.letters).sum();
         let batch: Vec<Outgoing> = current.into_iter().flat_map(|h| h.outputs).collect();
         if offsets.is_empty() {
             return Ok(());
         }
+        // What is buried with it, once it is committed.
         let outcome = match self.transact(&batch, &offsets) {
+            Ok(()) => Ok(letters),
             Err(error) if self.is_of_a_message(&error) => match one {
                 // Alone in its transaction: what is refused comes of this message.
                 Some(item) => {
@@ -328,24 +331,30 @@ impl Transform {
                         let until = Instant::now() + UNBURIED;
                         self.member.held().rest(place, until);
                     }
-                    buried
+                    // In place of whatever came of the message.
+                    buried.map(|()| 1)
                 }
                 None => {
                     self.careful = self.window;
                     Err(error)
                 }
             },
-            outcome => outcome,
+            Err(error) => Err(error),
         };
-        let Err(error) = outcome else {
-            let mut held = self.member.held();
-            for (place, next) in &offsets {
-                held.committed(place, *next);
+        let error = match outcome {
+            Ok(letters) => {
+                let mut held = self.member.held();
+                for (place, next) in &offsets {
+                    held.committed(place, *next);
+                }
+                drop(held);
+                self.failed = 0;
+                let recorder = &self.backend.recorder;
+                recorder.messages_acked.add(done);
+                recorder.messages_dead_lettered.add(letters);
+                return Ok(());
             }
-            drop(held);
-            self.failed = 0;
-            self.backend.recorder.messages_acked.add(done);
-            return Ok(());
+            Err(error) => error,
         };
         self.check(&error)?;
         tracing::warn!(target: "messaging_hub::kafka", pattern = %self.pattern, %error,
