@@ -78,10 +78,10 @@ struct Partition {
     rest: Option<Instant>,
     /// Messages that failed, by their offsets: how often, and why. Kept until the
     /// position behind them is committed, since a rewind brings all of them back: one
-    /// that is refused behind others would have theirs counted anew each time.
-    tried: BTreeMap<i64, (u32, Failure)>,
-    /// The same of what failed for good. Under its id too: a topic that was made anew
-    /// has other messages at these offsets.
+    /// that is refused behind others would have theirs counted anew each time. Under
+    /// their ids too: a topic that was made anew has other messages at these offsets.
+    tried: BTreeMap<i64, (MessageId, u32, Failure)>,
+    /// The same of what failed for good.
     given_up: BTreeMap<i64, (MessageId, Failure)>,
 }
 
@@ -136,7 +136,9 @@ impl Held {
         }
         p.newest = Some(item.offset);
         p.first.get_or_insert(item.offset);
-        if let Some((times, failure)) = p.tried.get(&item.offset) {
+        if let Some((id, times, failure)) = p.tried.get(&item.offset)
+            && *id == item.received.message.id
+        {
             note(&mut item, *times, failure.clone());
         }
         if let Some((id, failure)) = p.given_up.get(&item.offset)
@@ -203,7 +205,8 @@ impl Held {
         if let (Some((failure, rest)), Some(first)) = (handled.failed.take(), left.front_mut()) {
             let times = first.received.message.retry_count.saturating_add(1);
             note(first, times, failure.clone());
-            p.tried.insert(first.offset, (times, failure));
+            let id = first.received.message.id.clone();
+            p.tried.insert(first.offset, (id, times, failure));
             p.rest = Some(now + rest);
         }
         left.append(&mut p.queue);
@@ -246,12 +249,17 @@ mod tests {
         ("t".into(), n)
     }
 
+    /// The same message each time.
     fn item(offset: i64) -> Item {
+        let message = Message {
+            id: MessageId::new(format!("m-{offset}")).unwrap(),
+            ..Message::default()
+        };
         Item {
             offset,
             received: Received {
                 topic: Topic::new("t").unwrap(),
-                message: Arc::new(Message::default()),
+                message: Arc::new(message),
                 marks: Arc::default(),
                 via: BrokerType::Kafka,
             },
@@ -329,6 +337,23 @@ mod tests {
         assert!(held.settle(&mut handled, later));
         let again = held.batch(later + Duration::from_secs(1), false).remove(0);
         assert_eq!(again.items[0].received.message.retry_count, 2);
+    }
+
+    #[test]
+    fn another_message_at_an_offset_has_not_failed() {
+        let mut held = held(1, 2);
+        let now = Instant::now();
+        let mut handled = failing(held.batch(now, false).remove(0), 0);
+        assert!(held.settle(&mut handled, now));
+        held.rewind();
+        let mut other = item(0);
+        other.received.message = Arc::new(Message::default());
+        held.take_in(&place(0), other);
+        held.take_in(&place(0), item(1));
+        let again = held.batch(now + Duration::from_secs(1), false).remove(0);
+        let first = &again.items[0].received;
+        assert_eq!(first.message.retry_count, 0);
+        assert!(!first.message.redelivered && first.marks.failure.is_none());
     }
 
     #[test]
