@@ -498,8 +498,11 @@ impl Desk {
         let mut away = None;
         let mut rest = Vec::new();
         let mut found: Vec<(&Place, DeadLetter, Grip)> = Vec::new();
+        // An id that names a place lies there; any other is a message's, however it
+        // reads, and may lie anywhere.
+        let narrow = places.iter().any(|place| is_named_by(place, id));
         for place in places {
-            if !may_hold(place, id) {
+            if narrow && !is_named_by(place, id) {
                 continue;
             }
             let wanted = Wanted {
@@ -515,6 +518,10 @@ impl Desk {
                 }
                 Err(error) => away = Some(error),
             }
+        }
+        // A letter's own id is meant before a message's that reads the same.
+        if found.iter().any(|(_, l, _)| l.id == id) {
+            found.retain(|(_, l, _)| l.id == id);
         }
         // What is open is meant before what was decided.
         if found.iter().any(|(_, l, _)| !l.status.is_decided()) {
@@ -556,8 +563,8 @@ impl Desk {
 
     fn held(&self, id: &str) -> Option<DeadLetter> {
         let held = lock(&self.in_hand);
-        held.values()
-            .find(|l| l.id == id || l.original_message.id.as_str() == id)
+        held.get(id)
+            .or_else(|| held.values().find(|l| l.original_message.id.as_str() == id))
             .cloned()
     }
 
@@ -628,14 +635,14 @@ fn covers_but_status(query: &LetterQuery, letter: &DeadLetter) -> bool {
     query.covers(letter)
 }
 
-/// Whether a letter of this id may lie in a place: its id begins with the
-/// broker, and in a log goes on with the topic. A message's id may lie anywhere.
-fn may_hold(place: &Place, id: &str) -> bool {
+/// Whether an id reads as that of a letter in a place: it begins with the broker,
+/// and in a log goes on with the topic.
+fn is_named_by(place: &Place, id: &str) -> bool {
     let parts: Vec<&str> = id.split(':').collect();
     match parts.as_slice() {
         [broker, topic, _, _] => *broker == place.broker().as_str() && *topic == place.name(),
         [broker, print] if print.len() == 32 => *broker == place.broker().as_str(),
-        _ => true,
+        _ => false,
     }
 }
 

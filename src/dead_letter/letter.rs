@@ -208,7 +208,8 @@ impl DeadLetter {
 }
 
 /// What makes a letter in a queue the one it is. Times of a foreign message
-/// that has none are made up at each look, so they are left out.
+/// that has none are made up at each look, so they are left out. One message may
+/// fail for two groups within a millisecond: what its readers said tells them apart.
 fn fingerprint(received: &Received, nameless: bool) -> u128 {
     let message = &received.message;
     let mut hash = Fnv::default();
@@ -226,6 +227,7 @@ fn fingerprint(received: &Received, nameless: bool) -> u128 {
     if let Some(failure) = &received.marks.failure {
         hash.add(failure.original_topic.as_bytes());
         hash.add(failure.reason.as_bytes());
+        hash.add(failure.details.as_bytes());
         hash.add(&failure.last.as_millis().to_be_bytes());
     }
     hash.0
@@ -296,6 +298,10 @@ pub(super) mod tests {
         }
     }
 
+    fn failure(marks: &mut Marks) -> &mut Failure {
+        marks.failure.as_mut().unwrap()
+    }
+
     #[test]
     fn a_letter_says_what_failed_where_why_and_when() {
         let letter = DeadLetter::of(&received("m1", "handler_error", 9), None, &|_| true);
@@ -320,6 +326,20 @@ pub(super) mod tests {
         assert_eq!(name("a", 1), name("a", 1));
         assert_ne!(name("a", 1), name("b", 1));
         assert_ne!(name("a", 1), name("a", 2), "it died twice");
+        let of = |change: fn(&mut Marks)| {
+            let mut received = received("a", "r", 1);
+            change(Arc::make_mut(&mut received.marks));
+            DeadLetter::of(&received, None, &|_| true).id
+        };
+        assert_eq!(of(|_| {}), name("a", 1));
+        let others: [fn(&mut Marks); 3] = [
+            |marks| failure(marks).original_topic = "tasks.y".to_owned(),
+            |marks| failure(marks).details = "boom in group b".to_owned(),
+            |marks| marks.reprocess = 2,
+        ];
+        for other in others {
+            assert_ne!(of(other), name("a", 1));
+        }
         let log = DeadLetter::of(&received("a", "r", 1), Some((2, 7)), &|_| false);
         assert_eq!(log.id, "rabbitmq:helixagent.dlq:2:7");
         assert_eq!(log.original_queue, None);
