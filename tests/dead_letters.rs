@@ -22,9 +22,10 @@ use messaging_hub::{
         rabbitmq::{RabbitMqBroker, RabbitMqConfig},
     },
     broker::{
-        HandlerError, LaneOptions, MessageBroker, OrderKey, QueueOptions, Received, Source,
-        Submission, Subscription, dispatch::TypeRouter,
+        Handler, HandlerError, LaneOptions, MessageBroker, OrderKey, QueueOptions, Received,
+        Source, Submission, Subscription, dispatch::TypeRouter,
     },
+    config::{RouteKind, RouteSettings},
     dead_letter::{Backoff, Edit, LetterQuery, LetterStatus, ProcessorOptions, Reprocessed},
     gateway::http::{HttpOptions, HttpServer},
     hub::{HubConfig, MessagingHub},
@@ -96,7 +97,11 @@ impl Site {
         wait::within(SOON, "the broker", broker.connect())
             .await
             .unwrap();
-        let hub = MessagingHub::new(HubConfig::default(), topology.clone());
+        let mut config = HubConfig::default();
+        let letters = Pattern::new(topology.dead_letter_queue()).unwrap();
+        let route = RouteSettings::new(letters, RouteKind::Task);
+        config.routes.push(route);
+        let hub = MessagingHub::new(config, topology.clone());
         if name.starts_with("embedded") {
             hub.set_fallback_broker(broker.clone()).unwrap();
         } else {
@@ -203,6 +208,28 @@ impl Site {
         };
         let subscription = self.hub.subscribe(&self.topic, options, handler).await;
         subscription.expect("it subscribes")
+    }
+
+    /// A handler of the dead letters themselves.
+    async fn reader(&self, handler: impl Handler) -> Subscription {
+        let topology = self.hub.wanted_topology().clone();
+        let options = SubscribeOptions {
+            group_id: Some(unique("readers")),
+            max_retries: Some(0),
+            ..SubscribeOptions::default()
+        };
+        let subscription = if self.is_stream() {
+            let log = topology.dead_letter_topic();
+            self.hub.subscribe_events(log, options, handler).await
+        } else {
+            let queue = topology.dead_letter_queue();
+            self.hub.subscribe_tasks(queue, options, handler).await
+        };
+        subscription.expect("it subscribes")
+    }
+
+    fn is_stream(&self) -> bool {
+        self.topic.starts_with("events")
     }
 
     async fn publish(&self, id: &str, kind: &str, body: &str) {
@@ -435,6 +462,33 @@ async fn a_copy_that_dies_again_is_a_letter_whose_copy_is_handled() {
         site.settled().await;
         assert_eq!(site.handled("z1"), ["good"], "{}", site.name);
         site.letters("status=processed", 3).await;
+        site.close(Some(subscription)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_letter_that_its_reader_refuses_stays_the_one_letter_that_it_is() {
+    for site in Site::everywhere().await {
+        let subscription = site.handler().await;
+        site.publish("r1", "order", "bad").await;
+        let before = site.letters("", 1).await.remove(0);
+        let calls: Arc<Mutex<u32>> = Arc::default();
+        let count = calls.clone();
+        let refuse = move |_: Received| {
+            *count.lock().unwrap() += 1;
+            async { Err::<(), _>(HandlerError::reject("not here either")) }
+        };
+        let reader = site.reader(refuse).await;
+        // A queue hands it out again; in a log its reader is past it.
+        let least = if site.is_stream() { 1 } else { 3 };
+        let what = format!("{}: {least} calls", site.name);
+        wait::until(SOON, &what, || async { *calls.lock().unwrap() >= least }).await;
+        reader.unsubscribe().await;
+        let after = site.letters("", 1).await.remove(0);
+        assert_eq!(after, before, "{}", site.name);
+        if site.is_stream() {
+            assert_eq!(*calls.lock().unwrap(), 1, "{}", site.name);
+        }
         site.close(Some(subscription)).await;
     }
 }

@@ -860,6 +860,11 @@ async fn a_nack_later_rests_a_never_goes_to_the_dead_letters() {
     let dead = lease(&hub, "helixagent.dlq", json!({"wait_ms": 5000})).await;
     assert_eq!(dead[0]["message"]["id"], "n1");
     assert!(lease(&hub, queue, json!({})).await.is_empty());
+    // There it stays, also when it is refused once more.
+    let never = json!({"retry": "never"});
+    assert_eq!(settle(&hub, &dead[0], "nack", never).await, 204);
+    let again = lease(&hub, "helixagent.dlq", json!({"wait_ms": 5000})).await;
+    assert_eq!(again[0]["message"]["id"], "n1");
 }
 
 #[cfg(feature = "rabbitmq")]

@@ -471,6 +471,39 @@ async fn fault_05_fault_06_a_failed_message_comes_back_counted_and_ends_in_the_d
     }
 }
 
+#[tokio::test]
+async fn a_dead_letter_that_its_reader_refuses_stays_the_letter_that_it_is() {
+    for version in RabbitVersion::ALL {
+        let rabbit = need!(shared_rabbit(version).await);
+        let dead = unique("dead");
+        let topology = Topology {
+            dead_letter_queue: Some(dead.clone()),
+            ..Topology::default()
+        };
+        let broker = connected(config(rabbit.url()), topology).await;
+        let queue = queue(&broker, &unique("failing")).await;
+        all_confirmed(&publish_all(&broker, &queue, vec![numbered(7)]).await);
+        let options = SubscribeOptions::default();
+        let mut consumer = broker.consume(&of(&queue), &options).await.unwrap();
+        let bad = receive(&mut consumer, 1).await.pop().unwrap();
+        bad.dead_letter("handler_error", "no luck").await.unwrap();
+
+        let dead = Topic::new(dead).unwrap();
+        let mut reader = broker.consume(&of(&dead), &options).await.unwrap();
+        let mut letter = receive(&mut reader, 1).await.pop().unwrap();
+        let failure = letter.marks.failure.clone();
+        for _ in 0..2 {
+            letter.dead_letter("nacked", "not here").await.unwrap();
+            letter = receive(&mut reader, 1).await.pop().unwrap();
+            assert_eq!(letter.id.as_str(), "m7");
+            assert_eq!(letter.marks.failure, failure);
+        }
+        letter.ack().await.unwrap();
+        depth_becomes(&broker, &dead, 0).await;
+        broker.close().await.unwrap();
+    }
+}
+
 /// The dead letters of all queues lie in one, and pass by the same channel.
 #[tokio::test]
 async fn a_dead_letter_names_the_topic_that_it_comes_from() {

@@ -67,7 +67,8 @@ pub enum Verdict {
         /// Why.
         failure: Failure,
     },
-    /// Move it to the dead letters.
+    /// Move it to the dead letters. What lies where they lie stays there, as it is:
+    /// a queue hands it out again after a moment, in a stream its reader is past it.
     DeadLetter {
         /// Why.
         failure: Failure,
@@ -156,7 +157,7 @@ impl Delivery {
         self.settle(Verdict::Requeue).await
     }
 
-    /// Moves it to the dead letters.
+    /// Moves it to the dead letters; see [`Verdict::DeadLetter`].
     ///
     /// # Errors
     /// As [`Delivery::ack`], and `DEAD_LETTER_FAILED`.

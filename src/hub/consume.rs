@@ -405,6 +405,7 @@ impl MessagingHub {
             buffer: options.buffer_size,
             most: self.0.max_message_bytes,
             recorder: self.0.recorder.clone(),
+            topology: self.0.topology.clone(),
             rests: resting::is_resting(source.pattern().as_str()),
             #[cfg(feature = "schema")]
             checks: self.checks(),

@@ -32,6 +32,7 @@ use crate::{
     error::{Error, ErrorCode, Result},
     message::wire::Failure,
     metrics::MetricsRecorder,
+    topology::Topology,
 };
 
 /// What a span needs.
@@ -49,6 +50,8 @@ pub(crate) struct Parts {
     pub(crate) most: usize,
     /// Counts what no handler saw.
     pub(crate) recorder: Arc<MetricsRecorder>,
+    /// Knows where dead letters lie.
+    pub(crate) topology: Arc<Topology>,
     /// It reads a topic in which failed events rest, to which each attempt that fails
     /// comes again as another message of the same id. Others may cover such topics by
     /// chance, and pass over them.
@@ -142,14 +145,27 @@ struct Held {
     /// A retry of it is the same delivery again, and the copy that the primary
     /// may bring meanwhile is as good.
     in_place: bool,
+    /// It lies in the queue of dead letters.
+    in_grave: bool,
 }
 
 /// A retry or a dead letter whose copy the source was asked to make.
 struct Moved {
     lease: Lease,
-    retried: bool,
+    comes: Comes,
     outcome: Result<()>,
     done: Option<oneshot::Sender<Result<()>>>,
+}
+
+/// What comes to the group of a message that was moved.
+#[derive(Clone, Copy)]
+enum Comes {
+    /// Its next attempt.
+    Attempt,
+    /// Nothing more: it is among the dead letters.
+    Nothing,
+    /// It again: it was read among the dead letters, and stays there.
+    Itself,
 }
 
 fn gone() -> Error {
@@ -341,8 +357,12 @@ impl Span {
             }
             lease => lease,
         };
-        self.relay
-            .wrap(received, upstream, Held { lease, in_place })
+        let held = Held {
+            lease,
+            in_place,
+            in_grave: received.topic.as_str() == self.parts.topology.dead_letter_queue(),
+        };
+        self.relay.wrap(received, upstream, held)
     }
 
     fn settle(&mut self, settlement: Settlement) {
@@ -379,13 +399,17 @@ impl Span {
             // says that the copy is safe may this one count as a duplicate. Had
             // the copy failed, the original comes again and must be handed out.
             (Some(lease), Verdict::Retry { .. } | Verdict::DeadLetter { .. }) => {
-                let retried = matches!(verdict, Verdict::Retry { .. });
+                let comes = match verdict {
+                    Verdict::Retry { .. } => Comes::Attempt,
+                    _ if held.in_grave => Comes::Itself,
+                    _ => Comes::Nothing,
+                };
                 let (answer, outcome) = oneshot::channel();
                 self.moving.push(Box::pin(async move {
                     let outcome = outcome.await.unwrap_or_else(|_| Err(gone()));
                     Moved {
                         lease,
-                        retried,
+                        comes,
                         outcome,
                         done,
                     }
@@ -399,10 +423,10 @@ impl Span {
 
     /// A copy was made, or was not.
     fn moved(&self, moved: Moved) {
-        match (&moved.outcome, moved.retried) {
-            (Ok(()), true) => self.parts.group.retried(moved.lease),
-            (Ok(()), false) => self.parts.group.commit(moved.lease),
-            (Err(_), _) => self.parts.group.release(moved.lease),
+        match (&moved.outcome, moved.comes) {
+            (Ok(()), Comes::Attempt) => self.parts.group.retried(moved.lease),
+            (Ok(()), Comes::Nothing) => self.parts.group.commit(moved.lease),
+            (Ok(()), Comes::Itself) | (Err(_), _) => self.parts.group.release(moved.lease),
         }
         if let Some(done) = moved.done {
             let _ = done.send(moved.outcome);

@@ -15,7 +15,7 @@ use crate::{
     error::{Error, ErrorCode},
     hub::group::Group,
     message::{
-        Message, MessageId,
+        Message, MessageId, Timestamp,
         wire::{Failure, Marks},
     },
     topic::Topic,
@@ -61,6 +61,7 @@ fn span_of(group: Option<&str>) -> (Source, Consumer) {
         buffer: 4,
         most: 1024,
         recorder: Arc::default(),
+        topology: Arc::default(),
         rests: false,
         #[cfg(feature = "schema")]
         checks: None,
@@ -83,15 +84,28 @@ impl Source {
     }
 
     async fn deliver_settled(&mut self, id: &str, attempt: u32, settled: &[&str]) -> u64 {
+        let marks = Marks {
+            settled: settled.iter().map(|g| (*g).to_owned()).collect(),
+            ..Marks::default()
+        };
+        self.deliver_from("tasks", id, attempt, marks).await
+    }
+
+    /// A dead letter of a message that failed there.
+    async fn deliver_letter(&mut self, id: &str, original: &str) -> u64 {
+        let mut failure = Failure::now("handler_error", "boom", original, None);
+        failure.last = Timestamp::from_millis(5);
+        let marks = Marks::default().of_letter(failure);
+        self.deliver_from("helixagent.dlq", id, 0, marks).await
+    }
+
+    async fn deliver_from(&mut self, topic: &str, id: &str, attempt: u32, marks: Marks) -> u64 {
         let mut message = Message::new("t", "x").with_id(MessageId::new(id).unwrap());
         message.retry_count = attempt;
         let received = Received {
-            topic: Topic::new("tasks").unwrap(),
+            topic: Topic::new(topic).unwrap(),
             message: Arc::new(message),
-            marks: Arc::new(Marks {
-                settled: settled.iter().map(|g| (*g).to_owned()).collect(),
-                ..Marks::default()
-            }),
+            marks: Arc::new(marks),
             via: BrokerType::RabbitMq,
         };
         self.tag += 1;
@@ -173,6 +187,20 @@ async fn what_a_group_has_settled_elsewhere_is_acked_unseen() {
     let (mut source, mut consumer) = span_of(None);
     source.deliver_settled("a", 0, &["mail", "audit"]).await;
     assert_eq!(next(&mut consumer).await.message.id.as_str(), "a");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_refused_among_the_dead_letters_stays_and_is_handed_out_again() {
+    let (mut source, mut consumer) = span();
+    for _ in 0..2 {
+        source.deliver_letter("a", "tasks.a").await;
+        let failure = Failure::now("handler_error", "no", "helixagent.dlq", None);
+        let letter = next(&mut consumer).await;
+        letter.settle_now(Verdict::DeadLetter { failure });
+        let settlement = source.verdict().await;
+        assert!(matches!(settlement.verdict, Verdict::DeadLetter { .. }));
+        settlement.done.unwrap().send(Ok(())).unwrap();
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -204,6 +204,12 @@ impl Topology {
             .collect()
     }
 
+    /// Whether the dead letters of streams lie in this topic.
+    #[must_use]
+    pub fn is_dead_letter_topic(&self, topic: &str) -> bool {
+        self.dead_letter_topics().contains(&topic)
+    }
+
     /// The topic of dead letters of streams.
     #[must_use]
     pub fn dead_letter_topic(&self) -> &str {

@@ -200,6 +200,30 @@ async fn a_retry_rests_and_comes_back_with_its_attempt_counted() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_dead_letter_that_its_reader_refuses_stays_the_letter_that_it_is() {
+    let broker = broker().await;
+    publish(&broker, "tasks.bad", &["x"]).await;
+    let next = async |from: &str, wait: Duration| {
+        let delivery = broker.dequeue_task(&topic(from), "w", wait).await;
+        delivery.unwrap()
+    };
+    let bad = next("tasks.bad", Duration::ZERO).await.unwrap();
+    bad.dead_letter("handler_error", "boom").await.unwrap();
+    let letter = next("helixagent.dlq", Duration::ZERO).await.unwrap();
+    let (id, failure) = (letter.id.clone(), letter.marks.failure.clone());
+    letter.dead_letter("nacked", "no").await.unwrap();
+    // Not as fast as that goes.
+    assert!(next("helixagent.dlq", Duration::ZERO).await.is_none());
+    let wait = Duration::from_secs(5);
+    let again = next("helixagent.dlq", wait).await.unwrap();
+    assert_eq!((&again.id, &again.marks.failure), (&id, &failure));
+    again.ack().await.unwrap();
+    let left = broker.queue_depth(&topic("helixagent.dlq")).await;
+    assert_eq!(left.unwrap(), 0);
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_lane_confirms_each_message_and_a_full_queue_is_overload() {
     let broker = broker().await;
     let to = topic("tasks.lane");

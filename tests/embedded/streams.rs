@@ -342,6 +342,33 @@ async fn a_dead_event_goes_to_the_dead_letter_topic_and_its_position_moves_on() 
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_dead_event_that_its_reader_refuses_is_there_once_and_the_reader_is_past_it() {
+    let broker = broker().await;
+    let of = |group: &str| SubscribeOptions::group(group);
+    let mut consumer = broker
+        .consume(&stream("events.bad"), &of("g"))
+        .await
+        .unwrap();
+    publish(&broker, "events.bad", &["x"]).await;
+    let bad = take(&mut consumer, 1).await.remove(0);
+    bad.dead_letter("handler_error", "boom").await.unwrap();
+    let log = "helixagent.dlq.events";
+    let mut reader = broker.consume(&stream(log), &of("readers")).await.unwrap();
+    let letter = take(&mut reader, 1).await.remove(0);
+    let partition = letter.partition.unwrap();
+    letter.dead_letter("nacked", "no").await.unwrap();
+    let position = broker.offset("readers", &topic(log), partition).await;
+    assert_eq!(position.unwrap(), Some(1));
+    let everything = SubscribeOptions::default().starting(StartFrom::Earliest);
+    let mut all = broker.consume(&stream(log), &everything).await.unwrap();
+    let letters = drain(&mut all).await;
+    assert_eq!(letters.len(), 1);
+    let failure = letters[0].marks.failure.as_ref().unwrap();
+    assert_eq!(failure.details, "boom");
+    broker.close().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stream_never_takes_a_delayed_retry_and_hands_the_message_out_again() {
     let broker = broker().await;
     let mut consumer = broker

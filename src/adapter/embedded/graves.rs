@@ -2,7 +2,7 @@
 //! they go and how they lie there. They are never refused for want of room in
 //! a queue, because they are here already.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use super::{
     queue::{Dead, EXPIRED, Entry},
@@ -29,9 +29,17 @@ impl State {
         entry: Entry,
         failure: &Failure,
     ) {
+        let graves = self.graves(now, from, &entry);
+        if graves.is_some_and(|graves| graves == [from]) {
+            // It lies there already: with another failure noted it would be another
+            // letter of its message. Its reader gets it again after a moment.
+            self.recorder.messages_nacked.inc();
+            self.retry(now, from, entry, STAYS);
+            return;
+        }
         let entry = dead_letter(entry, failure.clone());
-        // A reader asked for this, so it is kept even where the dead letters of
-        // a queue are that queue itself.
+        // A reader asked for this, so it is kept even where a dead letter of a queue
+        // goes to that queue too.
         self.bury_entry(now, from, entry, true, 0);
     }
 
@@ -234,6 +242,10 @@ fn dead_letter(mut entry: Entry, failure: Failure) -> Entry {
     Arc::make_mut(&mut entry.marks).failure = Some(Box::new(failure));
     entry
 }
+
+/// How long a dead letter rests that its reader would put where it lies already: it is
+/// handed out, and refused, again, and not as fast as that goes.
+const STAYS: Duration = Duration::from_secs(1);
 
 /// Dead-letterings of one message within one step at most.
 const MAX_HOPS: u8 = 8;

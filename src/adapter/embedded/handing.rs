@@ -158,7 +158,7 @@ impl State {
     }
 
     /// Gives a failed message back to its queue, after a rest if there is one.
-    fn retry(&mut self, now: Timestamp, queue: QueueId, entry: Entry, delay: Duration) {
+    pub(super) fn retry(&mut self, now: Timestamp, queue: QueueId, entry: Entry, delay: Duration) {
         let due = (!delay.is_zero()).then(|| now + delay);
         let old = entry.record;
         let mut entries = [(queue, entry)];

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{
-    group::PartitionKey,
+    group::{PartitionKey, StreamId},
     queue::ConsumerId,
     queues::stale,
     reader::{Held, Reader},
@@ -255,6 +255,11 @@ impl State {
         held: Held,
         verdict: Verdict,
     ) -> Result<()> {
+        let verdict = match verdict {
+            // In their log it lies already, and a copy would be another letter.
+            Verdict::DeadLetter { .. } if self.keeps_letters(held.stream) => Verdict::Ack,
+            verdict => verdict,
+        };
         let (finished, result) = match verdict {
             Verdict::Ack => {
                 self.recorder.messages_acked.inc();
@@ -289,6 +294,12 @@ impl State {
         };
         self.note_moved(group, (held.stream, held.partition));
         if known { result } else { Err(stale()) }
+    }
+
+    /// Whether dead letters lie in a stream.
+    fn keeps_letters(&self, stream: StreamId) -> bool {
+        let stream = self.streams.get(&stream);
+        stream.is_some_and(|s| self.topology.is_dead_letter_topic(&s.name))
     }
 
     /// Puts a copy of an event among the dead letters of streams.

@@ -48,6 +48,9 @@ enum Way {
     DeadLetter,
     /// To the end of its own queue, as it is.
     Back,
+    /// The same after a moment, for a dead letter that its reader would put where it
+    /// lies already.
+    Stay,
 }
 
 /// Returns of a message from which on it is not given back any more but copied.
@@ -55,7 +58,7 @@ enum Way {
 /// queue says so; other ways of coming back (a channel that closes) count too.
 pub(super) const MOST_RETURNS: i64 = 10;
 
-/// How long a message that could not be moved stays in hand.
+/// How long a message that could not be moved, or is where it should go, stays in hand.
 const UNMOVED: Duration = Duration::from_secs(1);
 
 pub(super) struct Serving<'a> {
@@ -130,6 +133,11 @@ impl Serving<'_> {
             return;
         };
         let topology = &self.session.shared.topology;
+        // With another failure noted it would be another letter of its message.
+        let (way, failure) = match way {
+            Way::DeadLetter if self.queue == topology.dead_letter_queue() => (Way::Stay, None),
+            way => (way, failure),
+        };
         let mut message = (*held.message).clone();
         let mut marks = (*held.marks).clone();
         if let Some(failure) = &failure {
@@ -146,18 +154,22 @@ impl Serving<'_> {
                 let exchange = tier.map_or(topology.retry_exchange(), |t| t.exchange);
                 (exchange.to_owned(), self.queue.to_owned())
             }
-            Way::Back => (String::new(), self.queue.to_owned()),
+            Way::Back | Way::Stay => (String::new(), self.queue.to_owned()),
         };
         // Dead letters are kept, however old, also when they go back to where they are.
         let expires = match way {
             Way::Retry(_) => true,
             Way::DeadLetter => false,
-            Way::Back => !topology.keeps_dead_letters(self.queue),
+            Way::Back | Way::Stay => !topology.keeps_dead_letters(self.queue),
         };
         let job = Job::new(address, held.topic.as_str().into(), message, marks, expires);
         let courier = self.session.courier.clone();
         self.reroutes.push(
             async move {
+                if way == Way::Stay {
+                    // It is handed out, and refused, again: not as fast as that goes.
+                    tokio::time::sleep(UNMOVED).await;
+                }
                 let outcome = courier.send(job).await;
                 if outcome.is_err() {
                     // It is handed out, and fails, again: not as fast as that goes.
@@ -182,7 +194,7 @@ impl Serving<'_> {
                 match done.way {
                     Way::DeadLetter => recorder.messages_dead_lettered.inc(),
                     Way::Retry(_) => recorder.messages_retried.inc(),
-                    Way::Back => recorder.messages_nacked.inc(),
+                    Way::Back | Way::Stay => recorder.messages_nacked.inc(),
                 }
                 self.held.remove(&done.tag);
                 self.worn.remove(&done.tag);
@@ -212,7 +224,7 @@ impl Serving<'_> {
                 recorder.messages_nacked.inc();
                 recorder.total_errors.inc();
                 self.give_back(done.tag).await?;
-                if done.way == Way::Back {
+                if matches!(done.way, Way::Back | Way::Stay) {
                     // Where it should go, it went.
                     answer(done.answer, Ok(()));
                     return Ok(());

@@ -18,6 +18,7 @@ use crate::{
     message::wire::Failure,
     metrics::MetricsRecorder,
     topic::Topic,
+    topology::Topology,
 };
 
 /// How messages are handled.
@@ -26,6 +27,8 @@ pub(super) struct Rules {
     pub(super) recorder: Arc<MetricsRecorder>,
     /// Where messages go that failed for good.
     pub(super) dead_letters: Topic,
+    /// Knows all topics that they lie in.
+    topology: Arc<Topology>,
     /// Partitions at once.
     pub(super) concurrency: usize,
     /// No further message is begun.
@@ -43,12 +46,14 @@ impl Rules {
         transformer: Arc<dyn Transformer>,
         recorder: Arc<MetricsRecorder>,
         dead_letters: Topic,
+        topology: Arc<Topology>,
         stopping: CancellationToken,
     ) -> Self {
         Self {
             transformer,
             recorder,
             dead_letters,
+            topology,
             concurrency: options.concurrency.unwrap_or(CONCURRENCY).max(1),
             stopping,
             filter: options.filter.clone(),
@@ -87,10 +92,10 @@ async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
         let Some(item) = handled.left.front() else {
             break;
         };
+        let mut letter = None;
         let outcome = match &item.verdict {
             Some(failure) => {
-                handled.outputs.push(buried(item, failure.clone(), &rules));
-                handled.letters += 1;
+                letter = buried(item, failure.clone(), &rules);
                 Ok(Vec::new())
             }
             None => one(item, &rules).await,
@@ -107,13 +112,14 @@ async fn handle_part(part: Part, rules: Arc<Rules>) -> Handled {
             Err((failure, false)) => {
                 let id = item.received.message.id.clone();
                 handled.given_up.push((item.offset, id, failure.clone()));
-                handled.outputs.push(buried(item, failure, &rules));
-                handled.letters += 1;
+                letter = buried(item, failure, &rules);
             }
         }
         handled.next = Some(item.offset + 1);
         handled.done += 1;
         handled.left.pop_front();
+        handled.letters += u64::from(letter.is_some());
+        handled.outputs.extend(letter);
     }
     handled
 }
@@ -159,7 +165,7 @@ impl Rules {
 }
 
 /// The dead letter of a message whose outputs the broker refuses.
-pub(super) fn bury(item: &Item, why: &Error, rules: &Rules) -> Outgoing {
+pub(super) fn bury(item: &Item, why: &Error, rules: &Rules) -> Option<Outgoing> {
     let failure = Failure::now(
         "refused",
         why.to_string(),
@@ -169,18 +175,23 @@ pub(super) fn bury(item: &Item, why: &Error, rules: &Rules) -> Outgoing {
     buried(item, failure, rules)
 }
 
-fn buried(item: &Item, failure: Failure, rules: &Rules) -> Outgoing {
+/// The dead letter of a message; none for what is one: in their log it lies already,
+/// and a copy would be another letter.
+fn buried(item: &Item, failure: Failure, rules: &Rules) -> Option<Outgoing> {
+    if rules.topology.is_dead_letter_topic(&item.received.topic) {
+        return None;
+    }
     let (message, marks) = letter(&item.received, failure);
     let order = message.key.as_ref().map_or_else(
         || OrderKey::Publisher(u64::from(crc32fast::hash(message.id.as_str().as_bytes()))),
         |key| OrderKey::Key(key.clone()),
     );
-    Outgoing {
+    Some(Outgoing {
         topic: rules.dead_letters.clone(),
         message: Arc::new(message),
         order,
         marks,
-    }
+    })
 }
 
 /// Partitions that are handled at once unless the subscription says otherwise.
@@ -219,6 +230,7 @@ mod tests {
             Arc::new(Fails),
             Arc::clone(&recorder),
             Topic::new("letters").unwrap(),
+            Arc::default(),
             CancellationToken::new(),
         );
         let item = |offset, verdict| Item {

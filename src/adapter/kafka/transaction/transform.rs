@@ -117,6 +117,7 @@ impl Transform {
             transformer,
             recorder,
             dead_letters,
+            Arc::clone(&backend.topology),
             stopping.clone(),
         );
         Ok(Self {
@@ -323,7 +324,7 @@ impl Transform {
                 // Alone in its transaction: what is refused comes of this message.
                 Some(item) => {
                     let letter = bury(&item, &error, &self.rules);
-                    let buried = self.transact(&[letter], &offsets);
+                    let buried = self.transact(letter.as_slice(), &offsets);
                     if buried.as_ref().is_err_and(Error::is_refusal)
                         && let Some((place, _)) = offsets.first()
                     {
@@ -332,7 +333,7 @@ impl Transform {
                         self.member.held().rest(place, until);
                     }
                     // In place of whatever came of the message.
-                    buried.map(|()| 1)
+                    buried.map(|()| u64::from(letter.is_some()))
                 }
                 None => {
                     self.careful = self.window;
