@@ -210,6 +210,18 @@ impl Site {
         subscription.expect("it subscribes")
     }
 
+    /// A handler that fails everything in a topic, in a group of its own.
+    async fn failing(&self, topic: &str) -> Subscription {
+        let options = SubscribeOptions {
+            group_id: Some(unique("failing")),
+            max_retries: Some(0),
+            ..SubscribeOptions::default()
+        };
+        let handler = |_: Received| async { Err::<(), _>(HandlerError::retry("never")) };
+        let subscription = self.hub.subscribe(topic, options, handler).await;
+        subscription.expect("it subscribes")
+    }
+
     /// A handler of the dead letters themselves.
     async fn reader(&self, handler: impl Handler) -> Subscription {
         let topology = self.hub.wanted_topology().clone();
@@ -233,11 +245,15 @@ impl Site {
     }
 
     async fn publish(&self, id: &str, kind: &str, body: &str) {
+        self.publish_to(&self.topic, id, kind, body).await;
+    }
+
+    async fn publish_to(&self, topic: &str, id: &str, kind: &str, body: &str) {
         let message = Message::new(kind, body.to_owned())
             .with_id(MessageId::new(id).unwrap())
             .with_header("a", "1")
             .with_key("k");
-        let receipt = self.hub.publish(&self.topic, message).await;
+        let receipt = self.hub.publish(topic, message).await;
         receipt.expect("it is accepted");
     }
 
@@ -463,6 +479,121 @@ async fn a_copy_that_dies_again_is_a_letter_whose_copy_is_handled() {
         assert_eq!(site.handled("z1"), ["good"], "{}", site.name);
         site.letters("status=processed", 3).await;
         site.close(Some(subscription)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn letters_of_one_message_id_are_told_apart_by_operators_and_by_readers() {
+    // Made of as many parts as a letter's own.
+    const ID: &str = "order:7:eu:1";
+    for site in Site::everywhere().await {
+        let mut subscriptions = Vec::new();
+        let handler = site.handler().await;
+        let other = if site.is_stream() {
+            unique("events.other")
+        } else {
+            unique("tasks.other")
+        };
+        let pattern = Pattern::new(&other).unwrap();
+        let source = if site.is_stream() {
+            Source::Stream(pattern)
+        } else {
+            Source::Queue(pattern)
+        };
+        site.broker.ensure(&source).await.unwrap();
+        subscriptions.push(site.failing(&other).await);
+        for topic in [&site.topic, &other] {
+            site.publish_to(topic, ID, "order", "bad").await;
+        }
+        let letters = site.letters("", 2).await;
+        let of = |topic: &str| {
+            let letter = letters.iter().find(|l| l["original_topic"] == topic);
+            let letter = letter.unwrap_or_else(|| panic!("{}: {letters:?}", site.name));
+            assert_eq!(letter["message_id"], ID, "{letter}");
+            letter["id"].as_str().unwrap().to_owned()
+        };
+        let (one, two) = (of(&site.topic), of(&other));
+        assert_ne!(one, two, "{}", site.name);
+
+        // The message's id means neither.
+        let edit = json!({"patch": {"payload": "Z29vZA=="}});
+        for (step, body) in [
+            ("reprocess", json!({})),
+            ("edit", edit.clone()),
+            ("discard", json!({"reason": "r"})),
+        ] {
+            let (status, answer) = site.post(&format!("/{ID}/{step}"), body).await;
+            assert_eq!(status, StatusCode::BAD_REQUEST, "{}: {answer}", site.name);
+            let detail = answer["detail"].as_str().unwrap();
+            assert!(detail.contains(&one) && detail.contains(&two), "{detail}");
+        }
+        let shown = site.cli(&["show", ID]).await;
+        let why = String::from_utf8_lossy(&shown.stderr).into_owned();
+        assert_eq!(shown.status.code(), Some(1), "{why}");
+        assert!(why.contains(&one) && why.contains(&two), "{why}");
+        site.letters("status=pending", 2).await;
+
+        // Each one's own means it alone; then the message's means the one that is open.
+        let reason = json!({"reason": "r"});
+        let (status, answer) = site.post(&format!("/{two}/discard"), reason).await;
+        assert_eq!(
+            (status, &answer["id"]),
+            (StatusCode::OK, &json!(two)),
+            "{answer}"
+        );
+        let (status, answer) = site.post(&format!("/{ID}/edit"), edit).await;
+        assert_eq!(
+            (status, &answer["letter"]),
+            (StatusCode::OK, &json!(one)),
+            "{answer}"
+        );
+        wait::until(SOON, &format!("{}: the copy", site.name), || async {
+            site.handled(ID) == ["good"]
+        })
+        .await;
+        let done = |letters: Vec<Value>| letters[0]["id"].as_str().unwrap().to_owned();
+        assert_eq!(done(site.letters("status=processed", 1).await), one);
+        assert_eq!(done(site.letters("status=discarded", 1).await), two);
+
+        // Whoever reads the dead letters gets each of them.
+        for topic in [&site.topic, &other] {
+            site.publish_to(topic, "twice", "order", "bad").await;
+        }
+        site.letters("status=pending", 2).await;
+        let seen: Arc<Mutex<Vec<(String, String)>>> = Arc::default();
+        let into = seen.clone();
+        let reader = move |received: Received| {
+            let failure = received.marks.failure.as_deref();
+            let topic = failure.map_or_else(String::new, |f| f.original_topic.clone());
+            let id = received.message.id.to_string();
+            into.lock().unwrap().push((id, topic));
+            async { Ok::<(), HandlerError>(()) }
+        };
+        subscriptions.push(site.reader(reader).await);
+        let came = |id: &str| {
+            let seen = seen.lock().unwrap();
+            let of_id = seen.iter().filter(|(i, _)| i == id);
+            let mut topics: Vec<String> = of_id.map(|(_, topic)| topic.clone()).collect();
+            topics.sort();
+            topics
+        };
+        let mut both = [site.topic.clone(), other.clone()];
+        both.sort();
+        let what = format!("{}: both letters", site.name);
+        wait::until(SOON, &what, || async { came("twice") == both }).await;
+        if site.is_stream() {
+            // So it is when both failed in one topic, for two groups.
+            subscriptions.push(site.failing(&site.topic).await);
+            site.publish("groups", "order", "bad").await;
+            let both = [site.topic.clone(), site.topic.clone()];
+            wait::until(SOON, &what, || async { came("groups") == both }).await;
+            let (status, answer) = site.post("/groups/reprocess", json!({})).await;
+            assert_eq!(status, StatusCode::BAD_REQUEST, "{}: {answer}", site.name);
+        }
+        for subscription in subscriptions {
+            subscription.unsubscribe().await;
+        }
+        site.close(Some(handler)).await;
     }
 }
 

@@ -1,9 +1,12 @@
 //! A group that handles each id once: the dedup window with the deliveries that
 //! are parked in it.
 
-use std::sync::{
-    Mutex,
-    atomic::{AtomicU64, Ordering::Relaxed},
+use std::{
+    borrow::Cow,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use super::{
@@ -12,9 +15,9 @@ use super::{
     lock,
 };
 use crate::{
-    broker::{Delivery, Verdict},
+    broker::{Delivery, Received, Verdict},
     config::WindowSettings,
-    message::Timestamp,
+    message::{Timestamp, wire::Failure},
 };
 
 pub(crate) use super::dedup::Lease;
@@ -70,6 +73,15 @@ impl Group {
 
     /// Looks whether the group has seen this message.
     pub(crate) fn take_in(&self, delivery: Delivery) -> Taken {
+        self.take(delivery, of_message)
+    }
+
+    /// The same of a dead letter, where dead letters lie.
+    pub(crate) fn take_in_letter(&self, delivery: Delivery) -> Taken {
+        self.take(delivery, of_letter)
+    }
+
+    fn take(&self, delivery: Delivery, identity: fn(&Received) -> Cow<'_, str>) -> Taken {
         // Whichever hub it was that handed it out of its spool: this group has
         // handled it, and another process's window would not know.
         let settled = &delivery.marks.settled;
@@ -87,7 +99,7 @@ impl Group {
             // nothing about whether it came before.
             return Taken::New(delivery, None);
         }
-        let id = delivery.marks.identity(delivery.message.id.as_str());
+        let id = identity(delivery.received());
         let mut window = lock(&self.window);
         let offer = window.offer(
             Timestamp::now(),
@@ -166,6 +178,32 @@ impl Group {
     }
 }
 
+/// What a repeat of a message is known by.
+fn of_message(received: &Received) -> Cow<'_, str> {
+    received.marks.identity(received.message.id.as_str())
+}
+
+/// What a repeat of a dead letter is known by. A message that failed in two groups or
+/// queues, or more than once, is as many letters under one id: each is known by its
+/// failure. Not by its place in a log: a letter whose confirm was lost lies there twice.
+fn of_letter(received: &Received) -> Cow<'_, str> {
+    let id = of_message(received);
+    match &received.marks.failure {
+        Some(failure) => {
+            let Failure {
+                reason,
+                details,
+                last,
+                original_topic,
+                ..
+            } = &**failure;
+            let last = last.as_millis();
+            format!("{id}\u{0}{original_topic}\u{0}{last}\u{0}{reason}\u{0}{details}").into()
+        }
+        None => id,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{sync::Arc, time::Duration};
@@ -174,7 +212,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        broker::{BrokerType, Received, Settlement},
+        broker::{BrokerType, Settlement},
         message::{Message, MessageId, wire::Marks},
         topic::Topic,
     };
@@ -231,6 +269,42 @@ mod tests {
         for _ in 0..4 {
             assert!(verdicts.try_recv().is_ok_and(acked));
         }
+    }
+
+    #[test]
+    fn letters_of_one_message_are_many_and_each_is_one() {
+        let (settlements, _verdicts) = mpsc::unbounded_channel();
+        let group = group(10);
+        let letter = |change: fn(&mut Failure)| {
+            let mut letter = delivery("a", &[], &settlements).received().clone();
+            let mut failure = Failure::now("r", "d", "tasks.a", None);
+            failure.last = Timestamp::from_millis(5);
+            change(&mut failure);
+            letter.marks = Arc::new(Marks {
+                failure: Some(Box::new(failure)),
+                ..Marks::default()
+            });
+            Delivery::new(letter, settlements.clone(), 0)
+        };
+        let failures: [fn(&mut Failure); 5] = [
+            |_| {},
+            |failure| failure.original_topic = "tasks.b".to_owned(),
+            |failure| failure.last = Timestamp::from_millis(6),
+            |failure| failure.reason = "timeout".to_owned(),
+            |failure| failure.details = "in another group".to_owned(),
+        ];
+        for failure in failures {
+            match group.take_in_letter(letter(failure)) {
+                Taken::New(_, Some(lease)) => group.commit(lease),
+                _ => panic!("not new"),
+            }
+            let again = group.take_in_letter(letter(failure));
+            assert!(matches!(again, Taken::Kept));
+        }
+        // Elsewhere it is one message, whatever is noted on it.
+        handle(&group, letter(failures[0]));
+        let otherwise = group.take_in(letter(failures[1]));
+        assert!(matches!(otherwise, Taken::Kept));
     }
 
     #[test]

@@ -334,12 +334,23 @@ impl Span {
                     break;
                 }
             };
-            if let Taken::New(delivery, lease) = self.parts.group.take_in(delivery) {
+            let is_letter = delivery.is_dead_letter() && self.keeps_letters(&delivery.topic);
+            let taken = match is_letter {
+                true => self.parts.group.take_in_letter(delivery),
+                false => self.parts.group.take_in(delivery),
+            };
+            if let Taken::New(delivery, lease) = taken {
                 let (received, upstream) = delivery.into_parts();
                 out.push(self.wrap(received, upstream, lease, in_place));
             }
         }
         out
+    }
+
+    /// Whether dead letters lie in a queue or topic.
+    fn keeps_letters(&self, name: &str) -> bool {
+        let topology = &self.parts.topology;
+        topology.keeps_dead_letters(name) || topology.is_dead_letter_topic(name)
     }
 
     fn wrap(

@@ -190,6 +190,20 @@ async fn what_a_group_has_settled_elsewhere_is_acked_unseen() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn each_letter_of_a_message_is_handed_out_and_each_once() {
+    let (mut source, mut consumer) = span();
+    for original in ["tasks.a", "tasks.b"] {
+        source.deliver_letter("a", original).await;
+        next(&mut consumer).await.settle_now(Verdict::Ack);
+        assert!(matches!(source.verdict().await.verdict, Verdict::Ack));
+        let again = source.deliver_letter("a", original).await;
+        let settlement = source.verdict().await;
+        assert_eq!(settlement.tag, again);
+        assert!(matches!(settlement.verdict, Verdict::Ack));
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_refused_among_the_dead_letters_stays_and_is_handed_out_again() {
     let (mut source, mut consumer) = span();
     for _ in 0..2 {
