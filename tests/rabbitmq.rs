@@ -21,7 +21,7 @@ use messaging_hub::{
         PublishOptions, QueueOptions, QueueType, Received, Source, StartFrom, Submission, Verdict,
     },
     message::{
-        MessageId,
+        MessageId, TaskAttributes, Timestamp,
         wire::{Failure, Marks},
     },
     secret::Secret,
@@ -393,32 +393,37 @@ async fn fault_12_health_does_not_trust_a_connection_that_is_silent() {
     broker.close().await.unwrap();
 }
 
+/// Failed messages rest for 300 ms.
+fn resting(retry: &str, dead: &str) -> Topology {
+    Topology {
+        retry_exchange: Some(retry.to_owned()),
+        dead_letter_queue: Some(dead.to_owned()),
+        queues: vec![QueueSpec {
+            name: retry.to_owned(),
+            options: QueueOptions {
+                message_ttl_ms: Some(300),
+                dead_letter_exchange: Some(String::new()),
+                dead_letter_strategy: Some("at-least-once".into()),
+                overflow: Some("reject-publish".into()),
+                ..QueueOptions::default()
+            },
+            bindings: vec![Binding {
+                exchange: retry.to_owned(),
+                routing_key: "#".into(),
+            }],
+            aliases: Vec::new(),
+        }],
+        ..Topology::default()
+    }
+}
+
 #[tokio::test]
 async fn fault_05_fault_06_a_failed_message_comes_back_counted_and_ends_in_the_dead_letters() {
     for version in RabbitVersion::ALL {
         let rabbit = need!(shared_rabbit(version).await);
         let retry = unique("retry");
         let dead = unique("dead");
-        let topology = Topology {
-            retry_exchange: Some(retry.clone()),
-            dead_letter_queue: Some(dead.clone()),
-            queues: vec![QueueSpec {
-                name: retry.clone(),
-                options: QueueOptions {
-                    message_ttl_ms: Some(300),
-                    dead_letter_exchange: Some(String::new()),
-                    dead_letter_strategy: Some("at-least-once".into()),
-                    overflow: Some("reject-publish".into()),
-                    ..QueueOptions::default()
-                },
-                bindings: vec![Binding {
-                    exchange: retry,
-                    routing_key: "#".into(),
-                }],
-                aliases: Vec::new(),
-            }],
-            ..Topology::default()
-        };
+        let topology = resting(&retry, &dead);
         let broker = connected(config(rabbit.url()), topology).await;
         let queue = queue(&broker, &unique("failing")).await;
         let message = numbered(7).with_key("k").with_header("h", "v");
@@ -476,13 +481,15 @@ async fn a_dead_letter_that_its_reader_refuses_stays_the_letter_that_it_is() {
     for version in RabbitVersion::ALL {
         let rabbit = need!(shared_rabbit(version).await);
         let dead = unique("dead");
-        let topology = Topology {
-            dead_letter_queue: Some(dead.clone()),
-            ..Topology::default()
-        };
+        let topology = resting(&unique("retry"), &dead);
         let broker = connected(config(rabbit.url()), topology).await;
         let queue = queue(&broker, &unique("failing")).await;
-        all_confirmed(&publish_all(&broker, &queue, vec![numbered(7)]).await);
+        let mut late = numbered(7);
+        late.task = Some(Box::new(TaskAttributes {
+            deadline: Some(Timestamp::now() + Duration::from_secs(5)),
+            ..TaskAttributes::default()
+        }));
+        all_confirmed(&publish_all(&broker, &queue, vec![late]).await);
         let options = SubscribeOptions::default();
         let mut consumer = broker.consume(&of(&queue), &options).await.unwrap();
         let bad = receive(&mut consumer, 1).await.pop().unwrap();
@@ -498,6 +505,17 @@ async fn a_dead_letter_that_its_reader_refuses_stays_the_letter_that_it_is() {
             assert_eq!(letter.id.as_str(), "m7");
             assert_eq!(letter.marks.failure, failure);
         }
+        // Nor does a deadline that is over end one that is tried again.
+        wait::until(SOON, "the deadline", async || {
+            letter.message.is_expired(Timestamp::now())
+        })
+        .await;
+        let failure = Failure::now("handler_error", "no", &dead, failure.as_deref());
+        let delay = Duration::from_millis(300);
+        let retried = letter.settle(Verdict::Retry { delay, failure }).await;
+        retried.unwrap();
+        let letter = receive(&mut reader, 1).await.pop().unwrap();
+        assert_eq!((letter.id.as_str(), letter.retry_count), ("m7", 1));
         letter.ack().await.unwrap();
         depth_becomes(&broker, &dead, 0).await;
         broker.close().await.unwrap();

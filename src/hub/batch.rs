@@ -168,7 +168,9 @@ async fn handle(
 
 fn bury(batch: Vec<Delivery>, error: &HandlerError, attempts: u32, settings: &DispatchSettings) {
     for delivery in batch {
-        settings.recorder.messages_dead_lettered.inc();
+        // What is one already stays the one that it is.
+        let more = u64::from(!delivery.is_dead_letter());
+        settings.recorder.messages_dead_lettered.add(more);
         let failure = failure(&delivery, error).after(delivery.retry_count + attempts);
         delivery.settle_now(Verdict::DeadLetter { failure });
     }

@@ -467,6 +467,8 @@ fn expanded(delivery: Delivery, most: usize) -> Option<Delivery> {
                 None => Delivery::unsettled(received),
             })
         }
+        // Among the dead letters every one is read as it stands.
+        Err(_) if delivery.is_dead_letter() => Some(delivery),
         Err(why) => {
             tracing::warn!(
                 topic = %delivery.topic, id = %delivery.message.id, why,

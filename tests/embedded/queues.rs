@@ -6,10 +6,13 @@ use messaging_hub::{
     adapter::embedded::{EmbeddedBroker, EmbeddedConfig},
     broker::{
         LaneOptions, MessageBroker, OrderKey, PublishOptions, QueueOptions, Submission,
-        SubscribeOptions, TaskQueueBroker, lane::Fate,
+        SubscribeOptions, TaskQueueBroker, Verdict, lane::Fate,
     },
     error::ErrorCode,
-    message::{Message, Priority, Task, Timestamp, wire::Marks},
+    message::{
+        Message, Priority, Task, TaskAttributes, Timestamp,
+        wire::{Failure, Marks},
+    },
     topology::{Binding, ExchangeKind, ExchangeSpec, QueueSpec, Topology},
 };
 
@@ -202,7 +205,15 @@ async fn a_retry_rests_and_comes_back_with_its_attempt_counted() {
 #[tokio::test(start_paused = true)]
 async fn a_dead_letter_that_its_reader_refuses_stays_the_letter_that_it_is() {
     let broker = broker().await;
-    publish(&broker, "tasks.bad", &["x"]).await;
+    // A deadline that is over ends no dead letter.
+    let mut late = message("x");
+    late.task = Some(Box::new(TaskAttributes {
+        deadline: Some(Timestamp::now() + Duration::from_millis(300)),
+        ..TaskAttributes::default()
+    }));
+    let options = PublishOptions::default();
+    let published = broker.publish(&topic("tasks.bad"), late, &options).await;
+    published.unwrap();
     let next = async |from: &str, wait: Duration| {
         let delivery = broker.dequeue_task(&topic(from), "w", wait).await;
         delivery.unwrap()
@@ -217,6 +228,13 @@ async fn a_dead_letter_that_its_reader_refuses_stays_the_letter_that_it_is() {
     let wait = Duration::from_secs(5);
     let again = next("helixagent.dlq", wait).await.unwrap();
     assert_eq!((&again.id, &again.marks.failure), (&id, &failure));
+    // Nor one that is tried again.
+    let failure = Failure::now("handler_error", "no", "helixagent.dlq", None);
+    let delay = Duration::from_secs(1);
+    let retried = again.settle(Verdict::Retry { delay, failure }).await;
+    retried.unwrap();
+    let again = next("helixagent.dlq", wait).await.unwrap();
+    assert_eq!((&again.id, again.retry_count), (&id, 1));
     again.ack().await.unwrap();
     let left = broker.queue_depth(&topic("helixagent.dlq")).await;
     assert_eq!(left.unwrap(), 0);

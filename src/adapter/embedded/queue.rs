@@ -310,7 +310,10 @@ impl Queue {
         let mut entry = self.remove(seq)?;
         let message = Arc::make_mut(&mut entry.message);
         message.retry_count = message.retry_count.saturating_add(1);
-        message.state = MessageState::Failed;
+        // What fails among the dead letters stays one, which no deadline ends.
+        if message.state != MessageState::DeadLettered {
+            message.state = MessageState::Failed;
+        }
         message.error = Some(failure.details.clone());
         Arc::make_mut(&mut entry.marks).failure = Some(Box::new(failure));
         Some(entry)
@@ -355,7 +358,8 @@ impl Queue {
                 break;
             };
             self.other_bytes -= entry.bytes;
-            if due > now && entry.message.is_expired(now) {
+            let over = expires_at(&entry.message).is_some_and(|at| at <= now);
+            if due > now && over {
                 dead.push(Dead {
                     entry,
                     reason: EXPIRED,
@@ -476,7 +480,7 @@ impl Queue {
 
     fn rest(&mut self, entry: Entry, due: Timestamp) {
         // What expires while it rests is looked at when it expires.
-        let at = entry.message.expires_at().map_or(due, |e| e.min(due));
+        let at = expires_at(&entry.message).map_or(due, |e| e.min(due));
         let number = self.next_delayed;
         self.next_delayed += 1;
         self.other_bytes += entry.bytes;

@@ -109,7 +109,7 @@ impl Serving<'_> {
                 let expired = self
                     .held
                     .get(&tag)
-                    .is_some_and(|h| h.message.is_expired(Timestamp::now()));
+                    .is_some_and(|h| h.is_too_late(Timestamp::now()));
                 if expired {
                     let failure = Failure {
                         reason: "expired".to_owned(),
@@ -158,7 +158,7 @@ impl Serving<'_> {
         };
         // Dead letters are kept, however old, also when they go back to where they are.
         let expires = match way {
-            Way::Retry(_) => true,
+            Way::Retry(_) => !topology.keeps_dead_letters(self.queue),
             Way::DeadLetter => false,
             Way::Back | Way::Stay => !topology.keeps_dead_letters(self.queue),
         };

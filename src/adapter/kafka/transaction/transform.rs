@@ -324,6 +324,11 @@ impl Transform {
                 // Alone in its transaction: what is refused comes of this message.
                 Some(item) => {
                     let letter = bury(&item, &error, &self.rules);
+                    if letter.is_none() {
+                        tracing::warn!(target: "messaging_hub::kafka", pattern = %self.pattern,
+                            id = %item.received.message.id, %error,
+                            "what a dead letter was made into is refused; it stays where it is");
+                    }
                     let buried = self.transact(letter.as_slice(), &offsets);
                     if buried.as_ref().is_err_and(Error::is_refusal)
                         && let Some((place, _)) = offsets.first()
