@@ -57,16 +57,26 @@ async fn next(broker: &EmbeddedBroker, from: &str) -> Option<Delivery> {
 
 /// Copies a journal as a crash would leave it, if it came now.
 fn snapshot(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
+    while let Err(error) = copy(from, to) {
+        // A segment of which nothing lives any more was deleted meanwhile. What was
+        // copied before that may be of an earlier moment: no crash leaves both.
+        assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}");
+        std::fs::remove_dir_all(to).unwrap();
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
         let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            snapshot(&entry.path(), &target);
+        if entry.file_type()?.is_dir() {
+            copy(&entry.path(), &target)?;
         } else {
-            std::fs::copy(entry.path(), target).unwrap();
+            std::fs::copy(entry.path(), target)?;
         }
     }
+    Ok(())
 }
 
 #[tokio::test]
