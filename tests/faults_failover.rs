@@ -229,8 +229,12 @@ fn check_states(name: &str, seen: &[(u32, LaneState)]) {
 
 /// Whether the last that was told of each lane is that it is primary.
 fn has_come_back(seen: &[(u32, LaneState)]) -> bool {
-    let last: BTreeMap<u32, LaneState> = seen.iter().copied().collect();
+    let last = last_told(seen);
     last.values().all(|state| *state == LaneState::Primary)
+}
+
+fn last_told(seen: &[(u32, LaneState)]) -> BTreeMap<u32, LaneState> {
+    seen.iter().copied().collect()
 }
 
 /// What a run did.
@@ -258,10 +262,15 @@ async fn drive(
     .await;
     let killed = Instant::now();
     kill().await;
-    wait::until(RECOVERY, "a degraded route", async || {
-        worst(system, kind) == LaneState::Degraded
-    })
-    .await;
+    // Of each lane: until then its route may be called degraded for its broker alone,
+    // and what is in doubt be confirmed by one that is back soon.
+    let degraded = async || {
+        let last = last_told(&seen.lock().unwrap());
+        !last.is_empty()
+            && last.values().all(|state| *state == LaneState::Degraded)
+            && worst(system, kind) == LaneState::Degraded
+    };
+    wait::until(RECOVERY, "degraded lanes", degraded).await;
     let so_far = published();
     wait::until(RECOVERY, "publishes during the outage", async || {
         published() >= so_far + 4_000
