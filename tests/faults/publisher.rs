@@ -1,7 +1,7 @@
 //! Publishers over HTTP: NDJSON, own ids, one request for as long as it lives.
 //! What got no answer is repeated under its id (C14), as a client would.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -11,7 +11,8 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use messaging_hub::conformance::ledger::Outcome;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -296,14 +297,16 @@ impl Publisher {
     }
 
     fn line(&self, n: u64) -> Vec<u8> {
-        let envelope = json!({
-            "id": self.book.id(self.index, n),
-            "type": "fault",
-            "key": key(self.index, n),
-            "payload": BASE64_STANDARD.encode(payload(self.index, n)),
-            "headers": BTreeMap::from([("n", n.to_string())]),
-        });
-        format!("{envelope}\n").into_bytes()
+        let envelope = Envelope {
+            id: self.book.id(self.index, n),
+            kind: "fault",
+            key: key(self.index, n),
+            payload: BASE64_STANDARD.encode(payload(self.index, n)),
+            headers: Headers { n: n.to_string() },
+        };
+        let mut line = serde_json::to_vec(&envelope).expect("it is JSON");
+        line.push(b'\n');
+        line
     }
 
     /// False when the hub takes nothing more on this connection. What came in one
@@ -314,8 +317,8 @@ impl Publisher {
         };
         let whole: Vec<u8> = text.drain(..=end).collect();
         for line in whole.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
-            let answer: Value = serde_json::from_slice(line).expect("a line of JSON");
-            let error = &answer["error"];
+            let answer: Told = serde_json::from_slice(line).expect("a line of JSON");
+            let error = answer.error.unwrap_or_default();
             if error["detail"]
                 .as_str()
                 .is_some_and(|d| d.contains("shutting down"))
@@ -323,11 +326,10 @@ impl Publisher {
                 return false;
             }
             let place = open.pop_front().expect("an answer for a line");
-            let (outcome, problem) = match answer["outcome"].as_str() {
+            let (outcome, problem) = match answer.outcome {
                 Some("delivered") => (Outcome::Delivered, None),
                 Some("spooled") => {
-                    let durable = answer["durable"] == json!(true);
-                    let weak = (!durable).then(|| "not durable".to_owned());
+                    let weak = (!answer.durable).then(|| "not durable".to_owned());
                     (Outcome::Spooled, weak)
                 }
                 _ => {
@@ -344,6 +346,32 @@ impl Publisher {
         }
         true
     }
+}
+
+/// A line. Plain data, written and read as such: what this costs is taken from the
+/// hub, which runs on the same cores.
+#[derive(Serialize)]
+struct Envelope {
+    id: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    key: String,
+    payload: String,
+    headers: Headers,
+}
+
+#[derive(Serialize)]
+struct Headers {
+    n: String,
+}
+
+/// What the hub says of a line.
+#[derive(Deserialize)]
+struct Told<'a> {
+    outcome: Option<&'a str>,
+    #[serde(default)]
+    durable: bool,
+    error: Option<Value>,
 }
 
 const PUBLISHERS: usize = 3;
