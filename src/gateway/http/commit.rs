@@ -13,6 +13,7 @@ use super::{
     cursor::Cursor,
     lease,
     problem::Problem,
+    stream,
     streams::{Commit, Found},
 };
 use crate::error::{Error, ErrorCode, Result as HubResult};
@@ -31,6 +32,7 @@ pub(super) async fn commit(
     request: Request,
 ) -> Result<StatusCode, Problem> {
     let ask: Ask = lease::parameters(request).await?;
+    stream::check_group(&ask.group)?;
     let cursor = Cursor::decode(&ask.cursor)?;
     match app.streams().find(&cursor.stream, &ask.group) {
         Found::OtherGroup(group) => Err(Problem::parameter(format!(

@@ -103,10 +103,8 @@ pub(super) async fn stream(
             "ack=cursor needs a group; without one there is nothing to commit",
         ));
     }
-    if ask.group.as_deref() == Some("") {
-        return Err(Problem::parameter(
-            "group is empty; leave it out, or name one",
-        ));
+    if let Some(group) = &ask.group {
+        check_group(group)?;
     }
     let last = headers
         .get("last-event-id")
@@ -196,12 +194,39 @@ pub(super) async fn stream(
         .into_response())
 }
 
+/// Whether every broker takes the name.
+pub(super) fn check_group(name: &str) -> Result<(), Problem> {
+    match name.len() {
+        0 => Err(Problem::parameter(
+            "group is empty; leave it out, or name one",
+        )),
+        1..=MAX_GROUP => Ok(()),
+        bytes => Err(Problem::parameter(format!(
+            "the name of the group has {bytes} bytes, at most {MAX_GROUP} are taken"
+        ))),
+    }
+}
+
+/// Bytes of a group's name.
+const MAX_GROUP: usize = 255;
+
+/// A time. The plus of its offset comes as a blank where nobody escaped it.
+fn time(text: &str) -> Result<Timestamp, crate::Error> {
+    match text.rsplit_once(' ') {
+        Some((left, offset)) if left.len() >= DATE_AND_TIME => format!("{left}+{offset}").parse(),
+        _ => text.parse(),
+    }
+}
+
+/// Characters of a date and a time without an offset, at least.
+const DATE_AND_TIME: usize = "2026-01-01T00:00".len();
+
 impl From {
     fn parse(text: &str) -> Result<Self, Problem> {
         match text {
             "latest" => Ok(Self::Latest),
             "earliest" => Ok(Self::Earliest),
-            other => match other.parse::<Timestamp>() {
+            other => match time(other) {
                 Ok(time) => Ok(Self::Time(time)),
                 Err(_) => Cursor::decode(other).map(Self::Cursor).map_err(|_| {
                     Problem::parameter(format!(
@@ -570,3 +595,28 @@ async fn next_commit(commits: &mut Option<mpsc::Receiver<Commit>>) -> Commit {
 
 /// Events that leave together at most.
 const FRAME_BYTES: usize = 64 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_offset_whose_plus_was_not_escaped_is_read() {
+        for text in [
+            "2026-11-28T21:00:00+00:00",
+            "2026-11-28T21:00:00 00:00",
+            "2026-11-28T22:00:00.000 01:00",
+        ] {
+            let read = time(text).unwrap();
+            assert_eq!(read, "2026-11-28T21:00:00Z".parse().unwrap(), "{text}");
+        }
+        assert!(time("2026-11-28 x").is_err());
+    }
+
+    #[test]
+    fn a_group_has_a_name_that_every_broker_takes() {
+        assert!(check_group("billing").is_ok());
+        assert!(check_group("").is_err());
+        assert!(check_group(&"g".repeat(256)).is_err());
+    }
+}
