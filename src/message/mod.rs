@@ -417,9 +417,27 @@ impl Message {
             if name.is_empty() || name.len() > 255 {
                 return invalid(format!("header name {name:?} must have 1 to 255 bytes"));
             }
+            if name.chars().any(char::is_control) {
+                return invalid(format!(
+                    "header name {name:?} has a control character, which not every broker carries"
+                ));
+            }
+            if let Some(field) = wire::as_field(name) {
+                return invalid(format!(
+                    "header {name:?} would be read as the message's {field}; set that instead"
+                ));
+            }
             if wire::is_reserved(name) {
                 return invalid(format!(
                     "header {name:?} is reserved for the hub; choose a name that does not begin with \"hub-\", \"ce_\" or \"cloudevents:\""
+                ));
+            }
+        }
+        let extensions = self.event.iter().flat_map(|e| e.extensions.keys());
+        for name in extensions {
+            if wire::is_event_attribute(name) {
+                return invalid(format!(
+                    "extension {name:?} is an attribute that each event has; set that instead"
                 ));
             }
         }
@@ -440,4 +458,32 @@ fn from_base64<'de, D: Deserializer<'de>>(d: D) -> Result<Bytes, D::Error> {
         .decode(text.as_bytes())
         .map(Bytes::from)
         .map_err(|e| serde::de::Error::custom(format!("payload is not base64: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_arrive_as_something_else_is_refused_by_its_name() {
+        let refused = |message: Message| message.validate(1024).unwrap_err().to_string();
+        for (name, instead) in [
+            ("content-type", "content_type"),
+            ("Content-Encoding", "content_encoding"),
+            ("a\u{0}b", "control character"),
+            ("hub-x", "reserved"),
+        ] {
+            let why = refused(Message::new("t", "x").with_header(name, "v"));
+            assert!(why.contains(instead), "{name:?}: {why}");
+        }
+        let mut event = Message::new("t", "x");
+        event
+            .event
+            .get_or_insert_default()
+            .extensions
+            .insert("id".into(), "other".into());
+        assert!(refused(event).contains("\"id\""));
+        let plain = Message::new("t", "x").with_header("content-language", "de");
+        plain.validate(1024).unwrap();
+    }
 }

@@ -221,6 +221,34 @@ pub fn is_reserved(name: &str) -> bool {
     starts(super::RESERVED_HEADER_PREFIX) || starts("ce_") || starts("cloudEvents:")
 }
 
+/// Which field of a message a header of this name would be read as, though anybody may
+/// write one.
+pub(super) fn as_field(name: &str) -> Option<&'static str> {
+    [
+        (names::CONTENT_TYPE, "content_type"),
+        (names::CONTENT_ENCODING, "content_encoding"),
+    ]
+    .into_iter()
+    .find_map(|(header, field)| name.eq_ignore_ascii_case(header).then_some(field))
+}
+
+/// Whether an attribute of an event is one of those that are no extensions.
+pub(super) fn is_event_attribute(name: &str) -> bool {
+    [
+        "specversion",
+        "id",
+        "type",
+        "source",
+        "time",
+        "subject",
+        "dataschema",
+        "datacontenttype",
+        "data",
+        "data_base64",
+    ]
+    .contains(&name)
+}
+
 /// All headers of a message for a carrier: the hub's, the event's, the user's.
 #[must_use]
 pub fn encode<'a>(
