@@ -857,6 +857,11 @@ async fn a_nack_later_rests_a_never_goes_to_the_dead_letters() {
     assert_eq!(second[0]["message"]["retry_count"], 1);
     let never = json!({"retry": "never", "reason": "hopeless"});
     assert_eq!(settle(&hub, &second[0], "nack", never).await, 204);
+    let found = reqwest::get(hub.at("/v1/dead-letters?reason=hopeless"))
+        .await
+        .unwrap();
+    let found: Value = found.json().await.unwrap();
+    assert_eq!(found["letters"][0]["message_id"], "n1", "{found}");
     let dead = lease(&hub, "helixagent.dlq", json!({"wait_ms": 5000})).await;
     assert_eq!(dead[0]["message"]["id"], "n1");
     assert!(lease(&hub, queue, json!({})).await.is_empty());
@@ -865,6 +870,24 @@ async fn a_nack_later_rests_a_never_goes_to_the_dead_letters() {
     assert_eq!(settle(&hub, &dead[0], "nack", never).await, 204);
     let again = lease(&hub, "helixagent.dlq", json!({"wait_ms": 5000})).await;
     assert_eq!(again[0]["message"]["id"], "n1");
+}
+
+#[tokio::test]
+async fn what_a_queue_cannot_honour_and_what_is_no_envelope_is_refused() {
+    let hub = Hub::start_with(&[], &[]);
+    for (body, word) in [
+        (r#"{"partition":3}"#, "partition"),
+        ("[[]]", "object"),
+        (r#"{"headers":{"Content-Type":"x"}}"#, "content_type"),
+    ] {
+        let response = post(&hub, "tasks", ENVELOPE, body).await;
+        let text = response.text().await.unwrap();
+        assert!(text.contains("MESSAGE_INVALID"), "{body}: {text}");
+        assert!(text.contains(word), "{body}: {text}");
+    }
+    // An event's place may be chosen.
+    let placed = post(&hub, "events.placed", ENVELOPE, r#"{"partition":0}"#).await;
+    assert_eq!(placed.status(), 200);
 }
 
 #[cfg(feature = "rabbitmq")]

@@ -13,7 +13,7 @@ use axum::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{App, Intake, lease::parameters, limits, problem::Problem};
+use super::{App, Intake, envelope, lease::parameters, limits, problem::Problem};
 use crate::{
     broker::BrokerType,
     dead_letter::{
@@ -339,7 +339,7 @@ async fn large<T: DeserializeOwned>(request: Request, most: usize) -> Result<T, 
                 Problem::too_large(format!("the body is over the limit of {most} bytes"))
             })
         })?;
-    serde_json::from_slice(&body)
+    envelope::object(&body)
         .map_err(|e| Problem::parameter(format!("the parameters are not understood: {e}")))
 }
 

@@ -1,5 +1,6 @@
 //! The message JSON on its way in: one object, an array, one line. No I/O.
 
+use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
 use super::problem::Problem;
@@ -13,7 +14,7 @@ use crate::{error::Error, message::Message};
 /// must be the one that is published to, by whichever of its names; the hub
 /// knows them and checks that.
 pub(super) fn parse(json: &[u8], topic: &str) -> Result<Message, Problem> {
-    let mut message: Message = serde_json::from_slice(json)
+    let mut message: Message = object(json)
         .or_else(|e| rearranged(json).unwrap_or(Err(e)))
         .map_err(|e| Problem::invalid(format!("the envelope is not a message: {e}")).on(topic))?;
     message.redelivered = false;
@@ -57,6 +58,17 @@ fn rearranged(json: &[u8]) -> Option<Result<Message, serde_json::Error>> {
         }
     }
     changed.then(|| serde_json::from_value(fields.into()))
+}
+
+/// Reads an object. An array is none: its elements would be taken for the fields, by
+/// their places, and an empty one for an object without any.
+pub(super) fn object<T: DeserializeOwned>(json: &[u8]) -> Result<T, serde_json::Error> {
+    if is_array(json) {
+        return Err(serde::de::Error::custom(
+            "it is an array, and an object is expected",
+        ));
+    }
+    serde_json::from_slice(json)
 }
 
 /// Splits an array into its elements, unparsed, so that one bad element costs
@@ -163,6 +175,8 @@ mod tests {
             (br#"{"priority":11}"#, "11"),
             (br#"{"headers":{"A":"1","a":"2"}}"#, "twice"),
             (br#"[1]"#, "message"),
+            (b"[]", "an object is expected"),
+            (br#" ["x", "t", "aGk="]"#, "an object is expected"),
             (b"", "message"),
         ] {
             let problem = parse(json, "t").unwrap_err();

@@ -10,7 +10,7 @@ use axum::{
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{App, limits, problem::Problem};
+use super::{App, envelope, limits, problem::Problem};
 use crate::{
     broker::Verdict,
     config::RouteKind,
@@ -148,14 +148,14 @@ pub(super) async fn nack(
     let nack: Nack = parameters(request).await?;
     let reason = nack.reason.unwrap_or_default();
     settle(&app, &token, |received| {
-        let failure = |why: &str| {
-            Failure::now(
-                why,
-                reason.as_str(),
-                &received.topic,
-                received.marks.failure.as_deref(),
-            )
-        };
+        // What its client says is the reason, and whole in the details.
+        let why = if reason.is_empty() { "nacked" } else { &reason };
+        let failure = Failure::now(
+            why,
+            reason.as_str(),
+            &received.topic,
+            received.marks.failure.as_deref(),
+        );
         match nack.retry {
             Retry::Now => Verdict::Requeue,
             Retry::Later if received.message.can_retry() => Verdict::Retry {
@@ -163,11 +163,9 @@ pub(super) async fn nack(
                     .hub()
                     .task_delays(&received.topic)
                     .after(received.message.retry_count),
-                failure: failure("nacked"),
+                failure,
             },
-            Retry::Later | Retry::Never => Verdict::DeadLetter {
-                failure: failure("nacked"),
-            },
+            Retry::Later | Retry::Never => Verdict::DeadLetter { failure },
         }
     })
     .await
@@ -318,6 +316,6 @@ pub(super) async fn parameters<T: DeserializeOwned>(request: Request) -> Result<
     } else {
         &body[..]
     };
-    serde_json::from_slice(json)
+    envelope::object(json)
         .map_err(|e| Problem::parameter(format!("the parameters are not understood: {e}")))
 }
