@@ -3,9 +3,8 @@
 
 use super::{MessagingHub, compress::Plan, publish::TopicEntry, schedule};
 use crate::{
-    broker::{BrokerType, PublishOptions},
+    broker::PublishOptions,
     compression,
-    config::RouteKind,
     error::{Error, ErrorCode, Result},
     message::{
         Message, Timestamp,
@@ -59,18 +58,6 @@ impl MessagingHub {
             )
             .on(topic.as_str())
             .with_id(message.id.as_str()));
-        }
-        // Beside an offset it says where the message lay when it was read.
-        if message.partition.is_some() && message.offset.is_none() && !ours {
-            let queue = entry.route.kind == RouteKind::Task;
-            if queue || entry.broker.broker_type() == BrokerType::RabbitMq {
-                return Err(Error::rejected(
-                    ErrorCode::MessageInvalid,
-                    "a queue has no partitions; leave partition out, or give a key to keep an order",
-                )
-                .on(topic.as_str())
-                .with_id(message.id.as_str()));
-            }
         }
         if message.key.is_none() && entry.keyed_only {
             // Kafka would refuse it too, and with it the batch that it is in.
