@@ -16,7 +16,7 @@ use crate::{
     error::{Error, ErrorCode, Result},
     message::{
         Message, MessageId, MessageState, Timestamp,
-        wire::{Marks, is_reserved, names::COMPRESSED},
+        wire::{Marks, names::COMPRESSED, take_off_refused},
     },
     topic::Topic,
 };
@@ -37,7 +37,7 @@ pub(super) fn of(
     let packed = packed.filter(|_| compression::is_marked(&message));
     message.topic.clone_from(&letter.original_topic);
     // What only brokers and the hub write is not the user's to send again.
-    message.headers.retain(|name, _| !is_reserved(name));
+    take_off_refused(&mut message, None);
     message.retry_count = 0;
     message.error = None;
     message.state = MessageState::Pending;

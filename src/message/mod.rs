@@ -417,7 +417,7 @@ impl Message {
             if name.is_empty() || name.len() > 255 {
                 return invalid(format!("header name {name:?} must have 1 to 255 bytes"));
             }
-            if name.chars().any(char::is_control) {
+            if wire::is_unwritable(name) {
                 return invalid(format!(
                     "header name {name:?} has a control character, which not every broker carries"
                 ));

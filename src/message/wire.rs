@@ -221,6 +221,22 @@ pub fn is_reserved(name: &str) -> bool {
     starts(super::RESERVED_HEADER_PREFIX) || starts("ce_") || starts("cloudEvents:")
 }
 
+/// Takes off what a read message may carry and nobody may publish, but for one header.
+pub(crate) fn take_off_refused(message: &mut Message, but: Option<&str>) {
+    message.headers.retain(|name, _| {
+        let refused = is_reserved(name) || as_field(name).is_some() || is_unwritable(name);
+        !refused || but == Some(name.as_str())
+    });
+    if let Some(event) = &mut message.event {
+        event.extensions.retain(|name, _| !is_event_attribute(name));
+    }
+}
+
+/// Whether not every broker carries a header of this name.
+pub(super) fn is_unwritable(name: &str) -> bool {
+    name.chars().any(char::is_control)
+}
+
 /// Which field of a message a header of this name would be read as, though anybody may
 /// write one.
 pub(super) fn as_field(name: &str) -> Option<&'static str> {

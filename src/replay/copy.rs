@@ -72,9 +72,7 @@ pub(super) fn copy(received: &Received, replay: &str, target: Topic, source: u64
     };
     // Of another version's hub; what of it we know was taken from it.
     let marked = compression::is_marked(&message);
-    message
-        .headers
-        .retain(|name, _| !wire::is_reserved(name) || (marked && name == COMPRESSED));
+    wire::take_off_refused(&mut message, marked.then_some(COMPRESSED));
     if let Some(task) = &mut message.task {
         task.deadline = None;
         task.scheduled_at = None;
