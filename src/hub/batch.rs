@@ -168,9 +168,7 @@ async fn handle(
 
 fn bury(batch: Vec<Delivery>, error: &HandlerError, attempts: u32, settings: &DispatchSettings) {
     for delivery in batch {
-        // What is one already stays the one that it is.
-        let more = u64::from(!delivery.is_dead_letter());
-        settings.recorder.messages_dead_lettered.add(more);
+        settings.recorder.messages_dead_lettered.inc();
         let failure = failure(&delivery, error).after(delivery.retry_count + attempts);
         delivery.settle_now(Verdict::DeadLetter { failure });
     }

@@ -304,7 +304,8 @@ impl Span {
             }
             // For a reader without a group nothing is buried: others have it as well.
             let buries = !delivery.is_settled();
-            let Some(delivery) = expanded(delivery, self.parts.most) else {
+            let among_letters = self.keeps_letters(&delivery.topic);
+            let Some(delivery) = expanded(delivery, self.parts.most, among_letters) else {
                 self.parts
                     .recorder
                     .messages_dead_lettered
@@ -334,8 +335,7 @@ impl Span {
                     break;
                 }
             };
-            let is_letter = delivery.is_dead_letter() && self.keeps_letters(&delivery.topic);
-            let taken = match is_letter {
+            let taken = match among_letters && delivery.is_dead_letter() {
                 true => self.parts.group.take_in_letter(delivery),
                 false => self.parts.group.take_in(delivery),
             };
@@ -447,14 +447,10 @@ impl Span {
 
 /// A delivery as it was published, if a hub compressed it: the reader gets it
 /// whole, while the source keeps what it holds, and moves that should the message
-/// fail. `None` for one that cannot be expanded; it goes to the dead letters raw.
-fn expanded(delivery: Delivery, most: usize) -> Option<Delivery> {
+/// fail. `None` for one that cannot be expanded; it goes to the dead letters raw, and
+/// is read so `among_letters`.
+fn expanded(delivery: Delivery, most: usize, among_letters: bool) -> Option<Delivery> {
     if !compression::is_marked(&delivery.message) {
-        return Some(delivery);
-    }
-    let earlier = delivery.marks.failure.as_deref();
-    if earlier.is_some_and(|f| f.reason == UNDECODABLE) {
-        // Among the dead letters it is read as it stands.
         return Some(delivery);
     }
     match compression::expand(&delivery.message, most) {
@@ -467,13 +463,14 @@ fn expanded(delivery: Delivery, most: usize) -> Option<Delivery> {
                 None => Delivery::unsettled(received),
             })
         }
-        // Among the dead letters every one is read as it stands.
-        Err(_) if delivery.is_dead_letter() => Some(delivery),
+        // There every one is read, as it stands if need be.
+        Err(_) if among_letters => Some(delivery),
         Err(why) => {
             tracing::warn!(
                 topic = %delivery.topic, id = %delivery.message.id, why,
                 "a compressed message cannot be expanded; it goes to the dead letters as it stands"
             );
+            let earlier = delivery.marks.failure.as_deref();
             let failure = Failure::now(UNDECODABLE, why, &delivery.topic, earlier);
             delivery.settle_now(Verdict::DeadLetter { failure });
             None

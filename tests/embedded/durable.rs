@@ -61,6 +61,7 @@ fn snapshot(from: &Path, to: &Path) {
         // A segment of which nothing lives any more was deleted meanwhile. What was
         // copied before that may be of an earlier moment: no crash leaves both.
         assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}");
+        assert!(from.is_dir(), "there is no journal in {}", from.display());
         std::fs::remove_dir_all(to).unwrap();
     }
 }

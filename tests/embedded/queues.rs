@@ -208,7 +208,7 @@ async fn a_dead_letter_that_its_reader_refuses_stays_the_letter_that_it_is() {
     // A deadline that is over ends no dead letter.
     let mut late = message("x");
     late.task = Some(Box::new(TaskAttributes {
-        deadline: Some(Timestamp::now() + Duration::from_millis(300)),
+        deadline: Some(Timestamp::now() + Duration::from_millis(900)),
         ..TaskAttributes::default()
     }));
     let options = PublishOptions::default();

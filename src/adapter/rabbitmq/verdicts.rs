@@ -106,10 +106,10 @@ impl Serving<'_> {
                 }
             }
             Verdict::Retry { delay, failure } => {
-                let expired = self
-                    .held
-                    .get(&tag)
-                    .is_some_and(|h| h.is_too_late(Timestamp::now()));
+                // What lies among the dead letters is kept, however old it is.
+                let kept = self.session.shared.topology.keeps_dead_letters(self.queue);
+                let held = self.held.get(&tag).filter(|_| !kept);
+                let expired = held.is_some_and(|h| h.message.is_expired(Timestamp::now()));
                 if expired {
                     let failure = Failure {
                         reason: "expired".to_owned(),

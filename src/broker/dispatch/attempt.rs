@@ -185,8 +185,6 @@ impl Attempt {
     async fn dead_letter(self, failure: Failure, settings: &DispatchSettings) -> Outcome {
         let received = self.received;
         match self.delivery.settle(Verdict::DeadLetter { failure }).await {
-            // What is one already stays the one that it is.
-            Ok(()) if received.is_dead_letter() => {}
             Ok(()) => settings.recorder.messages_dead_lettered.inc(),
             Err(error) => unsettled(&received, &error, "dead letter"),
         }

@@ -265,8 +265,6 @@ async fn settle(
         Verdict::Ack => Some(&recorder.messages_processed),
         Verdict::Requeue => None,
         Verdict::Retry { .. } => Some(&recorder.messages_retried),
-        // It stays the one that it is.
-        Verdict::DeadLetter { .. } if delivery.received().is_dead_letter() => None,
         Verdict::DeadLetter { .. } => Some(&recorder.messages_dead_lettered),
     };
     match delivery.settle(verdict).await {
