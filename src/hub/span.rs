@@ -304,8 +304,8 @@ impl Span {
             }
             // For a reader without a group nothing is buried: others have it as well.
             let buries = !delivery.is_settled();
-            let among_letters = self.keeps_letters(&delivery.topic);
-            let Some(delivery) = expanded(delivery, self.parts.most, among_letters) else {
+            let keeps = |topic: &str| self.keeps_letters(topic);
+            let Some(delivery) = expanded(delivery, self.parts.most, keeps) else {
                 self.parts
                     .recorder
                     .messages_dead_lettered
@@ -335,7 +335,8 @@ impl Span {
                     break;
                 }
             };
-            let taken = match among_letters && delivery.is_dead_letter() {
+            let is_letter = delivery.is_dead_letter() && self.keeps_letters(&delivery.topic);
+            let taken = match is_letter {
                 true => self.parts.group.take_in_letter(delivery),
                 false => self.parts.group.take_in(delivery),
             };
@@ -448,8 +449,12 @@ impl Span {
 /// A delivery as it was published, if a hub compressed it: the reader gets it
 /// whole, while the source keeps what it holds, and moves that should the message
 /// fail. `None` for one that cannot be expanded; it goes to the dead letters raw, and
-/// is read so `among_letters`.
-fn expanded(delivery: Delivery, most: usize, among_letters: bool) -> Option<Delivery> {
+/// is read so where they lie.
+fn expanded(
+    delivery: Delivery,
+    most: usize,
+    keeps_letters: impl Fn(&str) -> bool,
+) -> Option<Delivery> {
     if !compression::is_marked(&delivery.message) {
         return Some(delivery);
     }
@@ -464,7 +469,7 @@ fn expanded(delivery: Delivery, most: usize, among_letters: bool) -> Option<Deli
             })
         }
         // There every one is read, as it stands if need be.
-        Err(_) if among_letters => Some(delivery),
+        Err(_) if keeps_letters(&delivery.topic) => Some(delivery),
         Err(why) => {
             tracing::warn!(
                 topic = %delivery.topic, id = %delivery.message.id, why,
