@@ -223,29 +223,36 @@ pub fn is_reserved(name: &str) -> bool {
 
 /// Takes off what a read message may carry and nobody may publish, but for one header.
 pub(crate) fn take_off_refused(message: &mut Message, but: Option<&str>) {
-    message.headers.retain(|name, _| {
-        let refused = is_reserved(name) || as_field(name).is_some() || is_unwritable(name);
-        !refused || but == Some(name.as_str())
-    });
+    message
+        .headers
+        .retain(|name, _| but == Some(name.as_str()) || why_refused(name).is_none());
     if let Some(event) = &mut message.event {
         event.extensions.retain(|name, _| !is_event_attribute(name));
     }
 }
 
-/// Whether not every broker carries a header of this name.
-pub(super) fn is_unwritable(name: &str) -> bool {
-    name.chars().any(char::is_control)
-}
-
-/// Which field of a message a header of this name would be read as, though anybody may
-/// write one.
-pub(super) fn as_field(name: &str) -> Option<&'static str> {
-    [
+/// Why nobody may publish a header of this name, if so.
+pub(super) fn why_refused(name: &str) -> Option<String> {
+    if name.chars().any(char::is_control) {
+        return Some(format!(
+            "header name {name:?} has a control character, which not every broker carries"
+        ));
+    }
+    for (header, field) in [
         (names::CONTENT_TYPE, "content_type"),
         (names::CONTENT_ENCODING, "content_encoding"),
-    ]
-    .into_iter()
-    .find_map(|(header, field)| name.eq_ignore_ascii_case(header).then_some(field))
+    ] {
+        if name.eq_ignore_ascii_case(header) {
+            return Some(format!(
+                "header {name:?} would be read as the message's {field}; set that instead"
+            ));
+        }
+    }
+    is_reserved(name).then(|| {
+        format!(
+            "header {name:?} is reserved for the hub; choose a name that does not begin with \"hub-\", \"ce_\" or \"cloudevents:\""
+        )
+    })
 }
 
 /// Whether an attribute of an event is one of those that are no extensions.
